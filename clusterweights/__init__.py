@@ -4,14 +4,15 @@ __version__ = "0.1.0"
 
 from clusterweights.balancing import balancing_weights
 from clusterweights.comparison import Comparison, compare
-from clusterweights.core import (ClusterWeightsError, ClusterWeightsWarning, DroppedUnitsWarning, InfeasibleError, InputError,
-                                 OverlapWarning, SolverError)
+from clusterweights.core import (ClusterWeightsError, ClusterWeightsWarning, DroppedUnitsWarning, EstimationError, InfeasibleError,
+                                 InputError, OverlapWarning, SolverError)
 from clusterweights.framework import Balance
 from clusterweights.hierarchical import hierarchical_weights
 from clusterweights.inference import Estimate
 from clusterweights.study import Study
-from clusterweights.weights import Weights, unadjusted_weights
+from clusterweights.weights import Feasibility, Weights, feasibility, unadjusted_weights
 
-__all__ = ["Balance", "ClusterWeightsError", "ClusterWeightsWarning", "Comparison", "DroppedUnitsWarning", "Estimate", "InfeasibleError",
-           "InputError", "OverlapWarning", "SolverError", "Study", "Weights", "balancing_weights", "compare", "hierarchical_weights",
+__all__ = ["Balance", "ClusterWeightsError", "ClusterWeightsWarning", "Comparison", "DroppedUnitsWarning", "Estimate", "EstimationError", "Feasibility",
+           "InfeasibleError", "InputError", "OverlapWarning", "SolverError", "Study", "Weights", "balancing_weights", "compare", "feasibility",
+           "hierarchical_weights",
            "unadjusted_weights"]

@@ -9,62 +9,47 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .qp import BlockSums, Constraint, Problem, Solution, solve
+from .qp import BlockSums, Problem, Solution, block_bounds, centred, exact_means, exact_totals, solve, with_tolerance
 from .study import Study
-from .weights import Weights, method, treated_as_target
+from .weights import Weights, method, weigh
 
 # %% auto #0
-__all__ = ['centred', 'exact_means', 'exact_totals', 'solve_balancing', 'balancing_weights']
-
-# %% ../nbs/10_balancing.ipynb #9c8d19ba
-def centred(x: np.ndarray, at: np.ndarray) -> np.ndarray:
-    "x − at, where differences of the size of rounding errors count as zero. x : (n, d). at : (d,)."
-    noise = 1e-13 * np.maximum(np.abs(x).max(axis=0, initial=0.0), np.abs(at))
-    return np.where(np.abs(x - at) <= noise, 0.0, x - at)
-
-# %% ../nbs/10_balancing.ipynb #7dfadc61
-def exact_means(x: np.ndarray, target_mean: np.ndarray, target_total: np.ndarray, names: Sequence[str] | None = None) -> Constraint:
-    """Weights times features, over all units, must equal the target's total: Σ γ_i x_i = Σ_g target_total_g · target_mean_g.
-
-    x : (n, d). target_mean : (K, d). target_total : (K,). names : of the d features."""
-    n, d = x.shape
-    spread = x.std(axis=0)
-    return Constraint(BlockSums(x, np.array([0, n]), np.ones(1)), (target_total @ target_mean)[None], "global balance",
-                      names if names is not None else [f"x{j}" for j in range(d)],
-                      unit=target_total.sum() * np.where(spread > 0, spread, 1.0)[None])
-
-
-def exact_totals(starts: np.ndarray, target_total: np.ndarray, labels: Sequence | None = None) -> Constraint:
-    """The weights of each block must add up to its target's total: Σ_{i in g} γ_i = target_total_g.
-
-    starts : (K + 1,). target_total : (K,). labels : of the K blocks."""
-    k, n = len(target_total), starts[-1]
-    return Constraint(BlockSums(np.ones((n, 1)), starts, np.ones(k)), target_total[:, None], "total of each cluster",
-                      labels if labels is not None else range(k))
+__all__ = ['solve_balancing', 'balancing_weights']
 
 # %% ../nbs/10_balancing.ipynb #2e1b1bef
-def solve_balancing(x: np.ndarray, target_mean: np.ndarray, target_total: float, *, names: Sequence[str] | None = None,
-                    solver: str = "auto") -> Solution:
-    """The least variable weights ≥ 0 with Σγ = target_total and Σγx = target_total · target_mean.
+def solve_balancing(x: np.ndarray, target_mean: np.ndarray, target_total: float, *, base: np.ndarray | None = None, tolerance: float | str = 0.0,
+                    bounds: tuple[float, float] = (0, np.inf), max_share: float | None = None, spread: np.ndarray | None = None,
+                    names: Sequence[str] | None = None, solver: str = "auto") -> Solution:
+    """The least variable weights with Σγ = target_total and means within `tolerance` of target_mean.
 
-    x : (n, d), the units to be weighted. target_mean : (d,). Raises `InfeasibleError` if no weights reach the means.
+    x : (n, d), the units to be weighted. target_mean : (d,). base : (n,) sampling weights (default 1). tolerance : in units of `spread`
+    (default: the standard deviations of x), or "auto", the smallest feasible. bounds : of each weight; max_share : the largest share of
+    the total one unit may carry. Raises `InfeasibleError` if no weights reach the means.
     Source: Zubizarreta (2015); Ben-Michael, Feller & Keele (2026), Eq. 6 with one cluster."""
     whole, total = np.array([0, len(x)]), np.array([float(target_total)])
-    x, mean = centred(x, target_mean), np.zeros((1, x.shape[1]))
-    problem = Problem(BlockSums(x, whole, 1 / total), mean, np.full(len(x), 1 / total[0] ** 2),
-                      (exact_means(x, mean, total, names), exact_totals(whole, total, ["all"])))
-    return solve(problem, solver)
+    x, mean, base = centred(x, target_mean), np.zeros((1, x.shape[1])), np.ones(len(x)) if base is None else base
+    lower, upper = block_bounds(bounds, max_share, whole, total)
+    problem = Problem(BlockSums(np.zeros((len(x), 1)), whole, np.ones(1)), np.zeros((1, 1)), 1 / (total[0] ** 2 * base),
+                      (exact_means(x, mean, total, names=names, spread=spread), exact_totals(whole, total, ["all"])), lower, upper)
+    return solve(with_tolerance(problem, tolerance), solver)
 
 # %% ../nbs/10_balancing.ipynb #d6bc3be5
 @method("balancing", "Balancing, no clusters", outcome_model="covariates")
-def balancing_weights(study: Study, *, solver: str = "auto") -> Weights:
-    """Controls weighted to the covariate means of all treated units, clusters ignored; for the ATT.
+def balancing_weights(study: Study, *, estimand: str | None = None, target=None, tolerance: float | str = 0.0, bounds: tuple[float, float] = (0, np.inf),
+                      max_share: float | None = None, cluster_weight: str = "units", solver: str = "auto") -> Weights:
+    """Units weighted to the covariate means of their target, clusters ignored.
 
-    solver : "auto", "piqp" or "osqp". Exact balance leaves nothing to trade, so there is no `lam`.
+    estimand : "ATT" (controls to treated, default), "ATC" (treated to controls) or "ATE" (both to all); in a survey "mean" (default) or
+    "total" (respondents to the full sample, or to its totals). target : another population for the ATE: a data frame with the covariates, or a
+    mapping from the names of all covariate columns to their means. tolerance : how many standard deviations a
+    mean may miss its target by; "auto" is the smallest feasible, 0 (default) exact. bounds : of each weight. max_share : the largest share of
+    its arm's total that one unit may carry. cluster_weight : "units" or "clusters", whether each target unit or each cluster counts the
+    same. solver : "auto", "piqp" or "osqp". Variance is all there is to trade, so there is no `lam`.
     Raises `InfeasibleError`, naming the covariates, if no weights reach the means.
     Source: Zubizarreta (2015); Ben-Michael, Feller & Keele (2026), Eq. 6 with all units in one cluster."""
-    arm, reason = treated_as_target(study, within=False)
-    solution = solve_balancing(arm.x, arm.target_mean[0], arm.target_total[0], names=arm.names, solver=solver)
-    weights = study.treat.astype(float)
-    weights[arm.rows] = solution.weights
-    return Weights(study, "balancing", {"solver": solver}, weights, reason, solution)
+    def one_arm(arm):
+        return solve_balancing(arm.x, arm.target_mean[0], arm.target_total[0], base=arm.base, tolerance=tolerance, bounds=bounds,
+                               max_share=max_share, spread=arm.spread, names=arm.names, solver=solver)
+    params = {"estimand": estimand, "target": target, "tolerance": tolerance, "bounds": bounds, "max_share": max_share, "cluster_weight": cluster_weight,
+              "solver": solver}
+    return weigh(study, "balancing", one_arm, params, within=False)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import textwrap
 from collections.abc import Sequence
 
 from . import __version__
@@ -29,7 +28,7 @@ def demo() -> None:
     "Print the late-entry example: the study, the comparison of three methods, and its reading."
     study = late_entry_study()
     comparison = compare(study, lam=1.0)
-    print(_DEMO, study.describe().facts, comparison.summary(), textwrap.fill(comparison.reading(), 110), sep="\n\n")
+    print(_DEMO, study.describe().facts, comparison, sep="\n\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -5,9 +5,10 @@
 # %% ../nbs/20_comparison.ipynb #20893554
 from __future__ import annotations
 
+import html
+import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from types import MappingProxyType
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -15,40 +16,47 @@ from fastcore.basics import patch
 
 import clusterweights.balancing  # noqa: F401  (importing a method's module registers it)
 import clusterweights.hierarchical  # noqa: F401
-from .core import InfeasibleError, InputError, SolverError, Table, interval_plot, listed, nearest
+from .core import EstimationError, InfeasibleError, InputError, SolverError, Table, decimals, interval_plot, listed, nearest
+from .framework import Balance
 from .study import Study
-from .weights import METHODS, Weights
+from .weights import METHODS, TARGET_NOUNS, WEIGHTED_ARMS, Weights, canonical_estimand, model_residuals
 
 # %% auto #0
-__all__ = ['Comparison', 'compare']
+__all__ = ['Comparison', 'compare', 'difference']
 
 # %% ../nbs/20_comparison.ipynb #83543d53
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Comparison:
-    """Several methods on one study. table : one row per method. weights : the `Weights` by method. errors : what failed, and why.
+    """Several methods on one study. table : one row per method. weights, balances : `Weights` and `Balance` by method. errors : what
+    failed, and why.
 
-    Columns of `table`: label, estimate, std_error, conf_low, conf_high, ess (controls), l2_global, l2_local (after weighting),
-    global_reduction, local_reduction (percent), units, clusters (treated units kept, and their clusters), status."""
+    Columns of `table`: label, estimate, std_error, conf_low, conf_high, ess_treated, ess_controls, ess_respondents, l2_global, l2_local (after weighting),
+    global_reduction, local_reduction (percent), units, clusters (target units kept, and their clusters), status."""
     study: Study
     table: pd.DataFrame
     weights: Mapping[str, Weights]
-    errors: Mapping[str, Exception] = field(default_factory=dict)
-    level: float = 0.95
+    balances: Mapping[str, Balance]
+    errors: Mapping[str, Exception]
+    level: float
+    estimand: str
 
-    def __str__(self) -> str: return f"{self.summary()}\n\n{self.reading()}"
+    def __str__(self) -> str: return f"{self.summary()}\n\n{textwrap.fill(self.reading(), 110)}"
     __repr__ = __str__
 
 # %% ../nbs/20_comparison.ipynb #8764885c
-_COLUMNS = ["label", "estimate", "std_error", "conf_low", "conf_high", "ess", "l2_global", "l2_local", "global_reduction",
+_COLUMNS = ["label", "estimate", "std_error", "conf_low", "conf_high", "ess_treated", "ess_controls", "ess_respondents", "l2_global", "l2_local", "global_reduction",
             "local_reduction", "units", "clusters", "status"]
 
 
-def _row(weights: Weights, level: float) -> dict:
+_FAILURES = {InfeasibleError: "infeasible", SolverError: "no certified answer", EstimationError: "not estimable"}
+
+
+def _row(weights: Weights, balance: Balance, level: float) -> dict:
     "One method's figures for the table."
-    effect, l2 = weights.estimate(), weights.balance().l2
+    effect, l2 = weights.estimate(), balance.l2
     low, high = effect.conf_int(level)
-    return {"estimate": effect.estimate, "std_error": effect.std_error, "conf_low": low, "conf_high": high, "ess": weights.ess["controls"],
-            "l2_global": l2.loc["global", "after"], "l2_local": l2.loc["local", "after"],
+    return {"estimate": effect.estimate, "std_error": effect.std_error, "conf_low": low, "conf_high": high,
+            **{f"ess_{arm}": size for arm, size in weights.ess.items()}, "l2_global": l2.loc["global", "after"], "l2_local": l2.loc["local", "after"],
             "global_reduction": l2.loc["global", "reduction"], "local_reduction": l2.loc["local", "reduction"],
             "units": weights.target.units, "clusters": weights.target.clusters, "status": weights.status}
 
@@ -77,18 +85,20 @@ def compare(study: Study, methods: Sequence[str] = ("unadjusted", "balancing", "
     has an option of that name, for example lam=1.0. A method that finds no weights stays in the table with its reason; any other
     error is raised."""
     _check_methods(study, methods, options)
-    rows, weights, errors = {}, {}, {}
+    rows, weights, balances, errors, estimand = {}, {}, {}, {}, canonical_estimand(options.get("estimand"), METHODS[methods[0]], study)
     for name in dict.fromkeys(methods):
         own = {k: v for k, v in options.items() if k in METHODS[name].options}
         try:
-            weights[name] = METHODS[name].function(study, **own)
-            rows[name] = _row(weights[name], level)
-        except (InfeasibleError, SolverError) as error:
+            found = METHODS[name].function(study, **own)
+            balance = found.balance()
+            rows[name] = _row(found, balance, level)
+            weights[name], balances[name] = found, balance
+        except tuple(_FAILURES) as error:
             errors[name] = error
-            rows[name] = {"status": "infeasible" if isinstance(error, InfeasibleError) else "no certified answer"}
+            rows[name] = {"status": _FAILURES[type(error)]}
         rows[name]["label"] = METHODS[name].label
     table = pd.DataFrame.from_dict(rows, orient="index", columns=_COLUMNS)
-    return Comparison(study, table, MappingProxyType(weights), MappingProxyType(errors), level)
+    return Comparison(study, table, weights, balances, errors, level, estimand)
 
 # %% ../nbs/20_comparison.ipynb #2a37881e
 @patch
@@ -96,17 +106,22 @@ def summary(self: Comparison) -> Table:
     "The comparison as a table for reading."
     t = self.table
     frame = pd.DataFrame({
-        "estimate": t["estimate"], "std. error": t["std_error"], f"{self.level:.0%} low": t["conf_low"], f"{self.level:.0%} high": t["conf_high"],
-        "ESS": t["ess"], "L2 global": t["l2_global"], "L2 local": t["l2_local"], "global, % less": t["global_reduction"],
+        "estimate": t["estimate"], "std. error": t["std_error"], f"{100 * self.level:g}% low": t["conf_low"],
+        f"{100 * self.level:g}% high": t["conf_high"],
+        **{f"ESS {arm}": t[f"ess_{arm}"] for arm in WEIGHTED_ARMS[self.estimand]}, "L2 global": t["l2_global"], "L2 local": t["l2_local"], "global, % less": t["global_reduction"],
         "local, % less": t["local_reduction"],
-        "treated": t["units"], "clusters": t["clusters"], "status": t["status"]}).set_axis(t["label"].to_numpy())
-    formats = dict.fromkeys(frame, "z.3f") | dict.fromkeys(["ESS", "treated", "clusters"], ",.0f") | dict.fromkeys(
+        "units": t["units"], "clusters": t["clusters"], "status": t["status"]}).set_axis(t["label"].to_numpy())
+    places = f"z.{decimals(t['std_error'].min())}f"
+    formats = dict.fromkeys(frame, "z.3f") | dict.fromkeys(list(frame)[:4], places) | dict.fromkeys(
+        ["ESS treated", "ESS controls", "ESS respondents", "units", "clusters"], ",.0f") | dict.fromkeys(
         ["global, % less", "local, % less"], "z.0f")
-    notes = ["ESS: effective sample size of the controls. L2: root mean square of standardised differences after weighting, over the whole "
+    notes = ["ESS: effective sample size. L2: root mean square of standardised differences after weighting, over the whole "
              "sample (global) and within clusters (local), and by how many percent it fell.",
-             "treated, clusters: whom the estimate speaks of."]
+             f"units, clusters: whom the estimate speaks of, among {TARGET_NOUNS[self.estimand]}."]
     notes += [f"{METHODS[name].label}: {error}" for name, error in self.errors.items()]
-    title = f"Effect of {self.study.columns['treat']} on {self.study.columns['outcome']} among the treated"
+    outcome = self.study.columns["outcome"][0]
+    title = (f"{self.estimand.capitalize()} of {outcome}" if self.study.level == "survey" else
+             f"Effect of {self.study.columns['treat']} on {outcome} ({self.estimand})")
     return Table(frame, title=title, notes=notes, formats=formats)
 
 # %% ../nbs/20_comparison.ipynb #311ae666
@@ -115,40 +130,57 @@ def plot(self: Comparison, ax=None):
     "Forest plot: each method's estimate and interval; returns the Axes."
     t = self.table
     ax = interval_plot(list(t["label"]), t["estimate"], t["conf_low"], t["conf_high"], ax=ax)
-    ax.set_xlabel(f"effect of {self.study.columns['treat']} on {self.study.columns['outcome']} ({self.level:.0%} interval)")
+    what = f"{self.estimand} of" if self.study.level == "survey" else f"effect of {self.study.columns['treat']} on"
+    ax.set_xlabel(f"{what} {self.study.columns['outcome'][0]} ({100 * self.level:g}% interval)")
     return ax
 
 # %% ../nbs/20_comparison.ipynb #659943b8
 _NOTICEABLE = 0.1    # the usual threshold for a standardised difference
 
 
-def _interval(row: pd.Series, level: float) -> str:
-    return f"{row['estimate']:.3f} ({level:.0%} interval {row['conf_low']:.3f} to {row['conf_high']:.3f})"
+def _shares(weights: Weights) -> np.ndarray:
+    "(n,) weights over their arm's sum, negative for controls."
+    treat, w = weights.study.treat, weights.in_order
+    return w / w.sum() if weights.study.level == "survey" else np.where(treat, w / w[treat].sum(), -w / w[~treat].sum())
+
+
+def difference(first: Weights, second: Weights) -> tuple[float, float]:
+    "Estimate of `second` minus that of `first` and its standard error; the outcome model is that of `second`."
+    change, y = _shares(second) - _shares(first), second.study.outcome
+    return float(change @ np.where(change != 0, y, 0.0)), float(np.sqrt((change**2 * model_residuals(second, y) ** 2).sum()))
+
+
+def _change(c: Comparison) -> list[str]:
+    "What comparing within clusters changes, where the two estimates speak of the same units."
+    if not {"balancing", "hierarchical"} <= set(c.weights) or c.table.loc["balancing", "units"] != c.table.loc["hierarchical", "units"]:
+        return []
+    change, error = difference(c.weights["balancing"], c.weights["hierarchical"])
+    text = (f"Comparing within clusters instead of across them moves the estimate by {change:+.{decimals(error)}f} (standard error of the change "
+            f"{error:.{decimals(error)}f})")
+    return [text + (": no more than chance would, so these data do not show that clusters matter beyond the covariates, nor do they rule it out."
+                    if abs(change) < 1.96 * error else ": more than chance would, so clusters differ in ways that the covariates do not capture.")]
 
 
 def _estimates(c: Comparison) -> list[str]:
     done = c.table[c.table["estimate"].notna()]
-    out = [f"{row['label']}: {_interval(row, c.level)}." for _, row in done.iterrows()]
-    if {"balancing", "hierarchical"} <= set(done.index):
-        change = done.loc["hierarchical", "estimate"] - done.loc["balancing", "estimate"]
-        steps = abs(change) / done.loc["hierarchical", "std_error"]
-        meaning = ("The data do not show that clusters matter beyond the covariates, nor do they rule it out." if steps < 1 else
-                   "Clusters may confound beyond the covariates, but the data do not settle it." if steps < 2 else
-                   "Clusters seem to differ in ways that matter for treatment and outcome alike.")
-        out.append(f"Comparing within clusters instead of across them moves the estimate by {change:+.3f}, {steps:.1f} of its standard "
-                   f"errors. {meaning}")
-    return out
+    out = []
+    for _, row in done.iterrows():
+        p = decimals(row["std_error"])
+        out.append(f"{row['label']}: {row['estimate']:z.{p}f} ({100 * c.level:g}% interval {row['conf_low']:z.{p}f} to {row['conf_high']:z.{p}f}).")
+    return out + _change(c)
 
 
 def _imbalances(c: Comparison) -> list[str]:
     out = []
-    for name, weights in c.weights.items():
-        left = weights.balance().table["SMD, weighted"].abs()
+    for name, balance in c.balances.items():
+        left = balance.table["SMD, weighted"].abs()
         large = left.index[left > _NOTICEABLE]
         if len(large):
             out.append(f"{METHODS[name].label}: global differences above {_NOTICEABLE} standard deviations remain in {listed(large)}.")
-    local = c.table["l2_local"].dropna()
-    if len(local):
+    local = c.table.loc[list(c.weights), "l2_local"]
+    if local.isna().any():
+        out.append("Local imbalance is not defined: no cluster has two units in each arm.")
+    elif len(local) > 1 and c.table.loc[list(c.weights), "units"].nunique() == 1:
         best = local.idxmin()
         out.append(f"Local imbalance is smallest with {METHODS[best].label} ({local[best]:.3f}"
                    + (f", against {local['unadjusted']:.3f} unadjusted" if "unadjusted" in local.index and best != "unadjusted" else "") + ").")
@@ -160,7 +192,7 @@ def _targets(c: Comparison) -> list[str]:
     for name, weights in c.weights.items():
         target = weights.target
         if target.units < target.all_units:
-            out.append(f"{METHODS[name].label} speaks only of {target}; its estimate answers a narrower question than the others.")
+            out.append(f"{METHODS[name].label} speaks only of {target}; its estimate answers a narrower question than one that speaks of all.")
     return out + [f"{METHODS[name].label} gave no estimate: {error}" for name, error in c.errors.items()]
 
 
@@ -172,5 +204,4 @@ def reading(self: Comparison) -> str:
 
 @patch
 def _repr_html_(self: Comparison) -> str:
-    import html
     return self.summary()._repr_html_() + f"<p>{html.escape(self.reading())}</p>"

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import difflib
 import html
+import inspect
 import textwrap
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,9 +18,9 @@ import numpy as np
 import pandas as pd
 
 # %% auto #0
-__all__ = ['TOLERANCES', 'ClusterWeightsError', 'InputError', 'SolverError', 'InfeasibleError', 'ClusterWeightsWarning',
-           'DroppedUnitsWarning', 'OverlapWarning', 'shown', 'listed', 'nearest', 'counted', 'expect_error',
-           'Certificate', 'Table', 'interval_plot']
+__all__ = ['TOLERANCES', 'ClusterWeightsError', 'InputError', 'EstimationError', 'SolverError', 'InfeasibleError',
+           'ClusterWeightsWarning', 'DroppedUnitsWarning', 'OverlapWarning', 'shown', 'listed', 'nearest', 'counted',
+           'decimals', 'expect_error', 'caller_depth', 'expect_warning', 'Certificate', 'Table', 'interval_plot']
 
 # %% ../nbs/00_core.ipynb #d2c968e0
 class ClusterWeightsError(Exception):
@@ -27,6 +29,10 @@ class ClusterWeightsError(Exception):
 
 class InputError(ClusterWeightsError, ValueError):
     "The data or an argument cannot be used as given."
+
+
+class EstimationError(InputError):
+    "The data hold too little for what was asked: no overlap, no variation, too few units."
 
 
 class SolverError(ClusterWeightsError, RuntimeError):
@@ -42,11 +48,13 @@ class InfeasibleError(ClusterWeightsError):
 
     `names`: the constraints in conflict. `distance`: how far from satisfied the closest weights leave the worst of them,
     in the constraint's unit (standard deviations for balance), or None where no weights meet even the others.
-    `weights`: those closest weights, in the order of the problem, or None."""
+    `weights`: those closest weights, in the order of the problem, or None. `direction`: the combination of covariates that is out
+    of reach, one number for each. `clusters`: leaving these out makes the problem feasible (empty if not looked for or not found)."""
 
-    def __init__(self, message: str, names: Sequence[str] = (), distance: float | None = None, weights=None):
+    def __init__(self, message: str, names: Sequence[str] = (), distance: float | None = None, weights=None, direction=None,
+                 clusters: Sequence = ()):
         super().__init__(message)
-        self.names, self.distance, self.weights = list(names), distance, weights
+        self.names, self.distance, self.weights, self.direction, self.clusters = list(names), distance, weights, direction, list(clusters)
 
 # %% ../nbs/00_core.ipynb #9dcbf4f4
 class ClusterWeightsWarning(UserWarning):
@@ -88,6 +96,11 @@ def counted(k: int, noun: str) -> str:
     "A number with its noun: 1 cluster, 1,200 clusters."
     return f"{k:,} {noun}" + ("" if k == 1 else "s")
 
+
+def decimals(size: float, digits: int = 3) -> int:
+    "Decimal places that show `digits` significant digits of a number of that size, at most 12: 3 for 0.0123, 0 for 1234."
+    return int(np.clip(digits - 1 - np.floor(np.log10(abs(size))), 0, 12)) if size and np.isfinite(size) else digits
+
 # %% ../nbs/00_core.ipynb #73c04897
 @contextmanager
 def expect_error(kind: type[Exception] = ClusterWeightsError, contains: str = ""):
@@ -101,6 +114,26 @@ def expect_error(kind: type[Exception] = ClusterWeightsError, contains: str = ""
         print(f"{type(error).__name__}: {message}")
     else:
         raise AssertionError(f"no {kind.__name__} was raised")
+
+# %% ../nbs/00_core.ipynb #14bf6c6e
+def caller_depth() -> int:
+    "The `stacklevel` for `warnings.warn` of the first frame outside the package, so that a warning points at the user's own line."
+    frame, depth = inspect.currentframe().f_back, 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == __name__.split(".")[0]:
+        frame, depth = frame.f_back, depth + 1
+    return depth
+
+
+@contextmanager
+def expect_warning(kind: type[Warning] = ClusterWeightsWarning, contains: str = ""):
+    "Print the one warning, of type `kind`, given inside the block; fail if there is none, another or more, or its text lacks `contains`."
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    kinds, texts = [w.category for w in caught], [str(w.message) for w in caught]
+    if kinds != [kind] or contains not in texts[0]:
+        raise AssertionError(f"expected one {kind.__name__} with {contains!r}, got {list(zip(kinds, texts))}")
+    print(f"{kind.__name__}: {texts[0]}")
 
 # %% ../nbs/00_core.ipynb #5149c752
 TOLERANCES = {"equality": 1e-9, "bounds": 1e-12, "stationarity": 1e-6, "gap": 1e-8}

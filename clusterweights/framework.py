@@ -16,7 +16,7 @@ from .core import Table, interval_plot
 from .study import Study, cluster_sums
 
 # %% auto #0
-__all__ = ['arm_moments', 'standardized_differences', 'root_mean_square', 'ess', 'Balance', 'balance']
+__all__ = ['arm_moments', 'standardized_differences', 'root_mean_square', 'ess', 'Balance', 'balance', 'compare_groups']
 
 # %% ../nbs/02_framework.ipynb #b0ff7fb8
 def arm_moments(x: np.ndarray, w: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -39,14 +39,17 @@ def standardized_differences(x: np.ndarray, treat: np.ndarray, starts: np.ndarra
 
     x (n, d), treat (n,) bool, before and after (n,) weights, all sorted by cluster; `starts` = [0, n] treats the sample as
     one cluster, which gives the global SMD. The denominator is the pooled standard deviation √((s₁² + s₀²)/2) under the
-    weights `before`. Returns two arrays (K, d), NaN where an arm has no weight, fewer than two units, or nothing varies.
+    weights `before`. Returns two arrays (K, d), NaN where an arm has no weight or fewer than two units, or where neither arm varies.
     Source: Ben-Michael, Feller & Keele (2026), section 8."""
-    _, mean1, var1 = arm_moments(x, before * treat, starts)
-    _, mean0, var0 = arm_moments(x, before * ~treat, starts)
+    return _pair_differences(x, starts, (before * treat, before * ~treat), (after * treat, after * ~treat))
+
+
+def _pair_differences(x: np.ndarray, starts: np.ndarray, before: tuple, after: tuple) -> tuple[np.ndarray, np.ndarray]:
+    "The same for any two groups, each given by its weights; a unit may be in both (a survey's sample and its respondents)."
+    (_, mean1, var1), (_, mean0, var0) = (arm_moments(x, w, starts) for w in before)
     pooled = np.sqrt((var1 + var0) / 2)
     pooled = np.where(pooled > 1e-10 * np.fmax(np.abs(mean1), np.abs(mean0)), pooled, np.nan)
-    _, after1, _ = arm_moments(x, after * treat, starts)
-    _, after0, _ = arm_moments(x, after * ~treat, starts)
+    after1, after0 = (arm_moments(x, w, starts)[1] for w in after)
     return (mean1 - mean0) / pooled, (after1 - after0) / pooled
 
 # %% ../nbs/02_framework.ipynb #a6315ca8
@@ -63,7 +66,7 @@ def ess(weights: np.ndarray) -> float:
     return float((weights / largest).sum() ** 2 / ((weights / largest) ** 2).sum()) if largest > 0 else float("nan")
 
 # %% ../nbs/02_framework.ipynb #ad0f276b
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Balance:
     """Balance before and after weighting.
 
@@ -82,10 +85,12 @@ class Balance:
 
     def summary(self) -> Table:
         "The table of covariates with the summary figures as notes."
-        columns = ["mean treated", "mean control", "mean control, weighted", "SMD", "SMD, weighted", "variance ratio, weighted",
-                   "local L2", "local L2, weighted", "clusters judged"]
-        notes = [f"{kind} L2: {row['before']:.3f} before, {row['after']:.3f} after weighting ({row['reduction']:.0f}% less)."
-                 for kind, row in self.l2.iterrows()]
+        means = [c for c in self.table if c.startswith("mean ")]
+        unchanged = [c for c in means[2:] if np.allclose(self.table[c], self.table[c.removesuffix(", weighted")], rtol=1e-12, atol=0)]
+        columns = [c for c in means if c not in unchanged] + ["SMD", "SMD, weighted", "variance ratio, weighted", "local L2", "local L2, weighted",
+                                                              "clusters judged"]
+        notes = [f"{kind} L2: " + (f"{row['before']:.3f} before, {row['after']:.3f} after weighting ({row['reduction']:.0f}% less)."
+                                   if np.isfinite(row["reduction"]) else "not defined.") for kind, row in self.l2.iterrows()]
         notes += [f"ESS {arm}: {row['before']:,.0f} before, {row['after']:,.0f} after weighting." for arm, row in self.ess.iterrows()]
         if self.undefined:
             notes.append("Clusters without a local SMD: " + ", ".join(f"{k} with {why}" for why, k in self.undefined.items()) + ".")
@@ -100,12 +105,12 @@ class Balance:
     def _repr_html_(self) -> str: return self.summary()._repr_html_()
 
 # %% ../nbs/02_framework.ipynb #ae023d01
-def _undefined(treat, starts, before, after) -> dict[str, int]:
+def _undefined(starts, before: tuple, after: tuple, names: tuple) -> dict[str, int]:
     "Clusters in which no local SMD exists, counted by the first reason that applies."
     def count(w): return cluster_sums((w > 0).astype(int), starts)
-    used = count(before) > 0
-    reasons = {"fewer than two treated": count(before * treat) < 2, "fewer than two controls": count(before * ~treat) < 2,
-               "no weight in an arm": np.minimum(count(after * treat), count(after * ~treat)) == 0}
+    used = count(before[0] + before[1]) > 0
+    reasons = {f"fewer than two {names[0]}": count(before[0]) < 2, f"fewer than two {names[1]}": count(before[1]) < 2,
+               "no weight in an arm": np.minimum(count(after[0]), count(after[1])) == 0}
     out = {}
     for reason, found in reasons.items():
         out[reason] = int((used & found).sum())
@@ -117,34 +122,56 @@ def _percent_less(before: float, after: float) -> float:
     return 100 * (1 - after / before) if before > 0 else float("nan")
 
 
+def _separated(x: np.ndarray, before: tuple) -> np.ndarray:
+    "(d,) whether a column is constant in each group but differs between them: the worst imbalance there is, with no spread to measure it by."
+    if not all((w > 0).any() for w in before):
+        return np.zeros(x.shape[1], dtype=bool)
+    low, high = (np.stack([pick(x[w > 0], axis=0) for w in before]) for pick in (np.min, np.max))
+    return (low == high).all(axis=0) & (low[0] != low[1])
+
+
+def _in_overall_sd(x: np.ndarray, groups: tuple, before: tuple) -> np.ndarray:
+    "Difference of the groups' weighted means in standard deviations of both together."
+    mean1, mean0 = (np.average(x, axis=0, weights=w) for w in groups)
+    centre = np.average(x, axis=0, weights=before[0] + before[1])
+    return (mean1 - mean0) / np.sqrt(np.average((x - centre) ** 2, axis=0, weights=before[0] + before[1]))
+
+
 def balance(study: Study, weights: np.ndarray, before: np.ndarray | None = None) -> Balance:
     """The balance of a study under `weights` (n,), compared with the weights `before` (default: 1 for each unit).
 
     Both are in the study's order and cover both arms; 0 means not used. Source of the measures: Ben-Michael, Feller &
     Keele (2026), section 8."""
-    before = np.ones(study.n) if before is None else before
-    x, treat, whole = study.x, study.treat, np.array([0, study.n])
-    smd_before, smd_after = (v[0] for v in standardized_differences(x, treat, whole, before, weights))
-    local = standardized_differences(x, treat, study.starts, before, weights)
+    before, treat = np.ones(study.n) if before is None else before, study.treat
+    return compare_groups(study, ("treated", "controls"), (before * treat, before * ~treat), (weights * treat, weights * ~treat))
+
+
+def compare_groups(study: Study, names: tuple[str, str], before: tuple[np.ndarray, np.ndarray],
+                   after: tuple[np.ndarray, np.ndarray]) -> Balance:
+    """The balance of any two groups of a study, each given by its (n,) weights before and after weighting; a unit may be in both."""
+    x, whole, one = study.x, np.array([0, study.n]), {"treated": "treated", "controls": "control"}
+    first, second = (one.get(name, name) for name in names)
+    smd_before, smd_after = (v[0] for v in _pair_differences(x, whole, before, after))
+    separated = _separated(x, before)
+    for smd, groups in ((smd_before, before), (smd_after, after)):
+        smd[separated] = _in_overall_sd(x[:, separated], groups, before)
+    local = _pair_differences(x, study.starts, before, after)
     local_before, local_after = (np.where(np.isnan(local[1]), np.nan, v) for v in local)
-    arms = {arm: arm_moments(x, w, whole) for arm, w in
-            {"t": before * treat, "c": before * ~treat, "tw": weights * treat, "cw": weights * ~treat}.items()}
+    moments = {(i, when): arm_moments(x, groups[i], whole) for when, groups in (("", before), (", weighted", after)) for i in (0, 1)}
     with np.errstate(invalid="ignore", divide="ignore"):
-        ratio = {k: arms["t" + k][2][0] / arms["c" + k][2][0] for k in ("", "w")}
+        ratio = {when: moments[0, when][2][0] / moments[1, when][2][0] for when in ("", ", weighted")}
     table = pd.DataFrame({
-        "mean treated": arms["tw"][1][0], "mean control": arms["c"][1][0], "mean control, weighted": arms["cw"][1][0],
+        **{f"mean {name}{when}": moments[i, when][1][0] for when in ("", ", weighted") for i, name in ((0, first), (1, second))},
         "SMD": smd_before, "SMD, weighted": smd_after,
-        "variance ratio": ratio[""], "variance ratio, weighted": ratio["w"],
+        "variance ratio": ratio[""], "variance ratio, weighted": ratio[", weighted"],
         "local L2": root_mean_square(local_before, 0), "local L2, weighted": root_mean_square(local_after, 0),
         "clusters judged": (~np.isnan(local_after)).sum(0)}, index=list(study.names))
     l2 = pd.DataFrame({"before": [root_mean_square(smd_before), root_mean_square(local_before)],
                        "after": [root_mean_square(smd_after), root_mean_square(local_after)]}, index=["global", "local"])
     l2["reduction"] = [_percent_less(b, a) for b, a in zip(l2["before"], l2["after"])]
-    sizes = pd.DataFrame({"units": [int(((weights > 0) & side).sum()) for side in (treat, ~treat)],
-                          "before": [ess(before[side]) for side in (treat, ~treat)],
-                          "after": [ess(weights[side]) for side in (treat, ~treat)]}, index=["treated", "controls"])
-    return Balance(table, l2, sizes, local_before, local_after, _undefined(treat, study.starts, before, weights),
-                   study.names, study.labels)
+    sizes = pd.DataFrame({"units": [int((w > 0).sum()) for w in after], "before": [ess(w) for w in before], "after": [ess(w) for w in after]},
+                         index=list(names))
+    return Balance(table, l2, sizes, local_before, local_after, _undefined(study.starts, before, after, names), study.names, study.labels)
 
 # %% ../nbs/02_framework.ipynb #08466aef
 @patch

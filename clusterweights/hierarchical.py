@@ -5,59 +5,118 @@
 # %% ../nbs/12_hierarchical.ipynb #545b600d
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from .balancing import centred, exact_means, exact_totals
-from .core import InputError, nearest
-from .qp import BlockSums, Problem, Solution, solve
+from .core import InfeasibleError, InputError, counted, listed, nearest
+from .qp import (BlockSums, Problem, Solution, block_bounds, centred, closest, exact_means, exact_totals, solve,
+                               with_tolerance)
 from .study import Study
-from .weights import Weights, method, resolve_lam, treated_as_target
+from .weights import Weights, method, resolve_lam, weigh
 
 # %% auto #0
 __all__ = ['solve_hierarchical', 'hierarchical_weights']
 
 # %% ../nbs/12_hierarchical.ipynb #cee0f451
 def solve_hierarchical(x: np.ndarray, starts: np.ndarray, target_mean: np.ndarray, target_total: np.ndarray, lam: float, *,
-                       scaling: str = "means", names: Sequence[str] | None = None, labels: Sequence | None = None,
-                       solver: str = "auto") -> Solution:
-    """Weights ≥ 0 with exact global balance and cluster totals, and the least local imbalance plus lam times their spread.
+                       scaling: str = "means", base: np.ndarray | None = None, tolerance: float | str = 0.0,
+                       bounds: tuple[float, float] = (0, np.inf), max_share: float | None = None, spread: np.ndarray | None = None,
+                       names: Sequence[str] | None = None, labels: Sequence | None = None, solver: str = "auto") -> Solution:
+    """Weights with global balance and cluster totals, and the least local imbalance plus lam times their spread.
 
     x : (n, d) features of the units to be weighted, sorted by cluster. starts : (K + 1,), cluster g is rows starts[g] to
     starts[g + 1] − 1, none empty. target_mean : (K, d), target_total : (K,) > 0, the target's means and size by cluster. lam > 0.
     scaling : "means" (Eq. 6) or "sums": ½Σ‖imbalance of sums‖² + (lam/2)Σγ²/n_g, n_g = units to be weighted + target_total.
-    names, labels : of features and clusters, for messages. solver : "auto", "piqp", "osqp".
-    Raises `InfeasibleError` if exact global balance is impossible. Source: Ben-Michael, Feller & Keele (2026), Eq. 6."""
-    sizes = np.diff(starts)
-    if scaling == "means":
-        scale, ridge = 1 / target_total, lam / target_total**2
-    elif scaling == "sums":
-        scale, ridge = np.ones(len(sizes)), lam / (sizes + target_total)
-    else:
+    base : (n,) sampling weights (default 1); the ridge is divided by them. tolerance : on global balance, in units of `spread` (default: the
+    standard deviations of x), or "auto", the smallest feasible. bounds : of each weight; max_share : the largest share of its cluster's
+    total that one unit may carry. names, labels : of features and clusters, for messages. solver : "auto", "piqp", "osqp".
+    Raises `InfeasibleError` if global balance is impossible. Source: Ben-Michael, Feller & Keele (2026), Eq. 6."""
+    if scaling not in ("means", "sums"):
         raise InputError(f"Unknown scaling {scaling!r}." + nearest(scaling, ["means", "sums"]))
+    sizes = np.diff(starts)
+    scale, ridge = (1 / target_total, lam / target_total**2) if scaling == "means" else (np.ones(len(sizes)), lam / (sizes + target_total))
     centre = target_total @ target_mean / target_total.sum()
     x, target_mean = centred(x, centre), centred(target_mean, centre)
-    problem = Problem(BlockSums(x, starts, scale), (scale * target_total)[:, None] * target_mean, np.repeat(ridge, sizes),
-                      (exact_means(x, target_mean, target_total, names), exact_totals(starts, target_total, labels)))
-    return solve(problem, solver)
+    lower, upper = block_bounds(bounds, max_share, starts, target_total)
+    problem = Problem(BlockSums(x, starts, scale), (scale * target_total)[:, None] * target_mean,
+                      np.repeat(ridge, sizes) / (1.0 if base is None else base),
+                      (exact_means(x, target_mean, target_total, names=names, spread=spread), exact_totals(starts, target_total, labels)),
+                      lower, upper)
+    try:
+        return solve(with_tolerance(problem, tolerance), solver)
+    except InfeasibleError as error:
+        raise _blame(error, problem, starts, target_mean, target_total) from None
+
+# %% ../nbs/12_hierarchical.ipynb #0ff70856
+def _shortfalls(problem: Problem, theta: np.ndarray, starts: np.ndarray, target_mean: np.ndarray, target_total: np.ndarray) -> np.ndarray:
+    "(K,) by how much each cluster's target lies beyond what its units can reach in direction `theta`."
+    low, high = (np.broadcast_to(v, problem.n) for v in (problem.lower, problem.upper))
+    score, short = problem.balance.x @ theta, target_total * (target_mean @ theta)
+    for g, (first, last) in enumerate(zip(starts[:-1], starts[1:])):
+        best = np.argsort(-score[first:last], kind="stable")                     # fill the best places first, up to their bounds
+        room = np.minimum(np.cumsum((high - low)[first:last][best]), target_total[g] - low[first:last].sum())
+        taken = low[first:last][best] + np.diff(room, prepend=0.0)
+        short[g] -= taken @ score[first:last][best]
+    return short
+
+
+def _without(problem: Problem, gone: np.ndarray, starts: np.ndarray, target_mean: np.ndarray, target_total: np.ndarray) -> Problem:
+    "The feasibility part of the problem without some clusters; `gone` is (K,) bool."
+    keep = ~np.repeat(gone, np.diff(starts))
+    soft, x, total = problem.constraints[0], problem.balance.x[keep], target_total[~gone]
+    lower, upper = (np.broadcast_to(v, problem.n)[keep] for v in (problem.lower, problem.upper))
+    rest = np.r_[0, np.cumsum(np.diff(starts)[~gone])]
+    means = exact_means(x, target_mean[~gone], total, names=soft.names, spread=soft.unit[0] / target_total.sum())
+    return Problem(BlockSums(x[:, :0], rest, np.ones(len(total))), np.zeros((len(total), 0)), problem.ridge[keep],
+                   (means, exact_totals(rest, total)), lower, upper)
+
+
+def _blame(error: InfeasibleError, problem: Problem, starts, target_mean, target_total) -> InfeasibleError:
+    "The error with the clusters that cause it, and the fewest of them to leave out that were found to make the rest feasible."
+    if error.direction is None:
+        return error
+    soft, labels = problem.constraints[0], list(problem.constraints[1].names)
+    short = _shortfalls(problem, -error.direction / soft.unit[0], starts, target_mean, target_total)
+    worst = np.argsort(-short)
+    enough = int(np.argmax(np.cumsum(short[worst]) >= short.sum())) + 1          # the least that could do in this direction
+    for count in sorted({min(enough * k, len(short) - 1) for k in (1, 2, 4, 8)}):
+        gone = np.zeros(len(short), dtype=bool)
+        gone[worst[:count]] = True
+        if count and closest(_without(problem, gone, starts, target_mean, target_total)).distance <= soft.tolerance + 1e-7:
+            names = [labels[g] for g in worst[:count]]
+            advice = f"Leaving out {counted(count, 'cluster')} ({listed(names)}, with {target_total[gone].sum():,.4g} of the target) makes it feasible."
+            break
+    else:
+        names, advice = [], "No small set of clusters is to blame: it takes fewer or coarser covariates, or a tolerance."
+    far = listed([labels[g] for g in worst[:3]])
+    return InfeasibleError(f"{error} The clusters whose units fall shortest of their target are {far}. {advice}", error.names, error.distance,
+                           error.weights, error.direction, names)
 
 # %% ../nbs/12_hierarchical.ipynb #5bf5189f
 @method("hierarchical", "Hierarchical balancing", outcome_model="covariates and clusters")
-def hierarchical_weights(study: Study, lam: float | str = "auto", *, standardize: bool = True, solver: str = "auto") -> Weights:
-    """Controls weighted to the treated units of their own cluster, with exact balance overall; for the ATT.
+def hierarchical_weights(study: Study, lam: float | str | Mapping[str, float] = "auto", *, estimand: str | None = None, target=None, tolerance: float | str = 0.0,
+                         bounds: tuple[float, float] = (0, np.inf), max_share: float | None = None, cluster_weight: str = "units",
+                         standardize: bool = True, solver: str = "auto") -> Weights:
+    """Units weighted to the target units of their own cluster, with balance overall.
 
-    lam : the price of uneven weights, a positive number, or "auto": 1 − R² of the outcome on the covariates among controls.
-    standardize : divide covariates by their overall standard deviation, so that their units do not matter (default). With False, a
-    covariate counts by its own scale. solver : "auto", "piqp" or "osqp".
+    lam : the price of uneven weights, a positive number, or "auto": 1 − R² of the outcome on the covariates among the units weighted; for two
+    weighted arms also a number for each. estimand : "ATT" (controls to treated, default), "ATC" (treated to controls) or "ATE" (both to all); in
+    a survey "mean" (default) or "total" (respondents to the full sample of their cluster). target : another population for the ATE, a data
+    frame with the covariates and the cluster; what of it lies in clusters that cannot be compared is left out with a warning.
+    tolerance : how many standard deviations an overall mean may miss its target by; "auto" is the smallest feasible, 0 (default) exact.
+    bounds : of each weight. max_share : the largest share of its cluster's total that one unit may carry. cluster_weight : "units" or
+    "clusters", whether each target unit or each cluster counts the same. standardize : divide covariates by their overall standard
+    deviation, so that their units do not matter (default); with False, a covariate counts by its own scale. solver : "auto", "piqp", "osqp".
 
-    Treated units in clusters without controls are left out with a `DroppedUnitsWarning`; controls in clusters without treated units get
-    weight 0. Raises `InfeasibleError`, naming the covariates, if exact global balance is impossible.
+    Target units in clusters that lack an arm are left out with a `DroppedUnitsWarning`; units that have no target in their cluster get
+    weight 0. Raises `InfeasibleError`, naming covariates and clusters, if global balance is impossible.
     Source: Ben-Michael, Feller & Keele (2026), Eq. 6."""
-    arm, reason = treated_as_target(study, within=True, standardize=standardize)
-    lam = resolve_lam(study, arm.rows, lam)
-    solution = solve_hierarchical(arm.x, arm.starts, arm.target_mean, arm.target_total, lam, names=arm.names, labels=arm.labels,
-                                  solver=solver)
-    weights = np.where(study.treat & (reason == ""), 1.0, 0.0)
-    weights[arm.rows] = solution.weights
-    return Weights(study, "hierarchical", {"lam": lam, "standardize": standardize, "solver": solver}, weights, reason, solution)
+    lams = resolve_lam(study, estimand, lam, within=True)
+
+    def one_arm(arm):
+        return solve_hierarchical(arm.x, arm.starts, arm.target_mean, arm.target_total, lams[arm.name], base=arm.base, tolerance=tolerance,
+                                  bounds=bounds, max_share=max_share, spread=arm.spread, names=arm.names, labels=arm.labels, solver=solver)
+    params = {"lam": lams if len(lams) > 1 else next(iter(lams.values())), "estimand": estimand, "target": target, "tolerance": tolerance,
+              "bounds": bounds, "max_share": max_share, "cluster_weight": cluster_weight, "standardize": standardize, "solver": solver}
+    return weigh(study, "hierarchical", one_arm, params, within=True)

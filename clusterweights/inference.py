@@ -6,15 +6,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 import pandas as pd
 
-from .core import InputError, Table
+from .core import EstimationError, InputError, Table, counted, decimals
 from .study import cluster_sums, variance_components
 
 # %% auto #0
-__all__ = ['residualised_variance', 'left_out_residuals', 'Estimate', 'contrast']
+__all__ = ['residualised_variance', 'left_out_residuals', 'Estimate', 'contrast', 'weighted_mean']
 
 # %% ../nbs/07_inference.ipynb #055cb609
 def residualised_variance(weights: np.ndarray, residuals: np.ndarray) -> float:
@@ -55,14 +56,14 @@ def left_out_residuals(x: np.ndarray, y: np.ndarray, starts: np.ndarray | None =
 # %% ../nbs/07_inference.ipynb #367feed4
 @dataclass(frozen=True)
 class Estimate:
-    """A contrast of two arms with its standard error.
+    """A contrast of two arms, or the mean of one, with its standard error.
 
-    estimate, std_error : in the outcome's units. mean_treated, mean_control : the two weighted means. df : degrees of freedom
+    estimate, std_error : in the outcome's units. mean_treated, mean_control : the two weighted means of a contrast. df : degrees of freedom
     of the t distribution (infinite: normal). term : what is estimated. vcov : how the standard error was computed."""
     estimate: float
     std_error: float
-    mean_treated: float
-    mean_control: float
+    mean_treated: float | None = None
+    mean_control: float | None = None
     df: float = np.inf
     term: str = "ATT"
     vcov: str = "residualised"
@@ -80,7 +81,7 @@ class Estimate:
 
     def conf_int(self, level: float = 0.95) -> tuple[float, float]:
         "Confidence interval of the given level, 0 < level < 1."
-        if not 0 < level < 1:
+        if not (isinstance(level, Real) and 0 < level < 1):
             raise InputError(f"level={level!r} must lie between 0 and 1, for example 0.95.")
         from scipy.special import stdtrit
         half = float(stdtrit(self.df, 0.5 + level / 2)) * self.std_error
@@ -94,12 +95,13 @@ class Estimate:
 
     def summary(self, level: float = 0.95) -> Table:
         "The estimate as a table, with the arms' means and how the standard error was computed."
-        formats = dict.fromkeys(["estimate", "std_error", "conf_low", "conf_high"], "z.4f") | {"statistic": ".2f", "p_value": ".3g", "df": ".4g"}
+        places = f"z.{decimals(self.std_error)}f"
+        formats = dict.fromkeys(["estimate", "std_error", "conf_low", "conf_high"], places) | {"statistic": ".2f", "p_value": ".3g", "df": ".4g"}
         frame = self.tidy(level).set_index("term")
         frame.index.name = None
-        return Table(frame, title=f"Estimate with {level:.0%} interval", formats=formats, notes=[
-            f"Mean of the treated {self.mean_treated:.4f}, weighted mean of the controls {self.mean_control:.4f}. "
-            f"Standard error: {self.vcov}."])
+        return Table(frame, title=f"Estimate with {100 * level:g}% interval", formats=formats, notes=[
+            ("" if self.mean_treated is None else f"Weighted mean of the treated {self.mean_treated:{places}}, of the controls "
+             f"{self.mean_control:{places}}. ") + f"Standard error: {self.vcov}."])
 
     def __str__(self) -> str: return str(self.summary())
     __repr__ = __str__
@@ -110,14 +112,29 @@ class Estimate:
 def contrast(y: np.ndarray, treat: np.ndarray, weights: np.ndarray, residuals: np.ndarray, term: str = "ATT") -> Estimate:
     """Difference of weighted means (treated − control) with the residualised variance of @eq-residualised.
 
-    y (n,), treat (n,) bool, weights (n,) ≥ 0 on both arms. residuals (n,): y − m̂ for the units that were weighted, y minus
-    their own arm's mean for target units. Raises `InputError` if an arm has fewer than two units with weight, since one unit
-    has no variance. Source: Ben-Michael, Feller & Keele (2026), section 6."""
+    y (n,), treat (n,) bool, weights (n,) ≥ 0 on both arms, residuals (n,) y − m̂. Raises `EstimationError` if an arm has fewer than two
+    units with weight, since one unit has no variance, or if no residual differs from zero.
+    Source: Ben-Michael, Feller & Keele (2026), section 6."""
     means, variance = [], 0.0
     for name, arm in (("treated", treat), ("control", ~treat)):
         used = arm & (weights > 0)
         if used.sum() < 2:
-            raise InputError(f"The {name} arm has {used.sum()} units with weight: a standard error needs at least two.")
+            raise EstimationError(f"The {name} arm has {counted(int(used.sum()), 'unit')} with weight: a standard error needs at least two.")
         means.append(float(np.average(y[used], weights=weights[used])))
         variance += residualised_variance(weights[used], residuals[used])
+    if not variance > 0:
+        raise EstimationError("The outcome does not vary beyond what the covariates predict, so there is no standard error.")
     return Estimate(means[0] - means[1], float(np.sqrt(variance)), *means, term=term)
+
+# %% ../nbs/07_inference.ipynb #b4768b11
+def weighted_mean(y: np.ndarray, weights: np.ndarray, residuals: np.ndarray, term: str = "mean", *, scale: float = 1.0) -> Estimate:
+    """Weighted mean of one arm, times `scale` (the size of the population for a total), with its residualised standard error.
+
+    y, weights ≥ 0, residuals y − m̂ : (n,). Raises `EstimationError` for fewer than two units with weight, or without residual variation."""
+    used = weights > 0
+    if used.sum() < 2:
+        raise EstimationError(f"{counted(int(used.sum()), 'unit')} with weight: a standard error needs at least two.")
+    variance = residualised_variance(weights[used], residuals[used])
+    if not variance > 0:
+        raise EstimationError("The outcome does not vary beyond what the covariates predict, so there is no standard error.")
+    return Estimate(scale * float(np.average(y[used], weights=weights[used])), scale * float(np.sqrt(variance)), term=term)

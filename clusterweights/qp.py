@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from numbers import Real
 
 import numpy as np
 from scipy import sparse
@@ -17,7 +18,8 @@ from .core import Certificate, InfeasibleError, InputError, SolverError, counted
 from .study import cluster_sums
 
 # %% auto #0
-__all__ = ['BlockSums', 'Constraint', 'Problem', 'certify', 'objective', 'closest', 'Solution', 'solve']
+__all__ = ['BlockSums', 'Constraint', 'Problem', 'centred', 'exact_means', 'exact_totals', 'certify', 'objective', 'Closest',
+           'closest', 'with_tolerance', 'block_bounds', 'Solution', 'solve']
 
 # %% ../nbs/05_qp.ipynb #0051d3c2
 @dataclass(frozen=True)
@@ -52,16 +54,22 @@ class BlockSums:
 # %% ../nbs/05_qp.ipynb #e4ba1521
 @dataclass(frozen=True)
 class Constraint:
-    """Exact sums: sums(γ) = value.
+    """Sums that must not miss a value by more than a tolerance: |sums(γ) − value| ≤ tolerance · unit.
 
     value : (K, d). label : what it is, for messages. names : K·d names of its rows. unit : the size of a miss that counts as 1
     in messages, (K, d) or a number (for balance of means: target total × standard deviation), or None if the constraint is hard
-    by definition (a total), so that it is never relaxed when looking for the closest feasible weights."""
+    by definition (a total), so that it is never relaxed when looking for the closest feasible weights. tolerance : in units; 0 for exact sums."""
     sums: BlockSums
     value: np.ndarray
     label: str
     names: Sequence[str]
     unit: np.ndarray | float | None = None
+    tolerance: float = 0.0
+
+    @property
+    def slack(self) -> np.ndarray:
+        "(K, d) the largest miss that is allowed."
+        return np.broadcast_to(0.0 if self.unit is None else self.tolerance * np.asarray(self.unit), self.value.shape)
 
 
 @dataclass(frozen=True)
@@ -80,6 +88,9 @@ class Problem:
         arrays = [self.balance.x, self.target, self.ridge, *(c.value for c in self.constraints)]
         if not all(np.isfinite(a).all() for a in arrays):
             raise InputError("The problem holds NaN or infinite numbers.")
+        for sums in (self.balance, *(c.sums for c in self.constraints)):
+            if sums.starts[0] != 0 or sums.starts[-1] != len(self.ridge) or not (np.diff(sums.starts) > 0).all() or len(sums.x) != len(self.ridge):
+                raise InputError("Blocks must cover all units, in order, and none may be empty.")
         if not (self.ridge > 0).all():
             raise InputError("The ridge must be positive for every unit: without it weights are not unique.")
 
@@ -87,6 +98,34 @@ class Problem:
     def n(self) -> int:
         "Number of weights."
         return len(self.ridge)
+
+# %% ../nbs/05_qp.ipynb #5da96fb0
+def centred(x: np.ndarray, at: np.ndarray) -> np.ndarray:
+    "x − at, where differences of the size of rounding errors count as zero. x : (n, d). at : (d,)."
+    noise = 1e-13 * np.maximum(np.abs(x).max(axis=0, initial=0.0), np.abs(at))
+    return np.where(np.abs(x - at) <= noise, 0.0, x - at)
+
+# %% ../nbs/05_qp.ipynb #f70ad007
+def exact_means(x: np.ndarray, target_mean: np.ndarray, target_total: np.ndarray, *, names: Sequence[str] | None = None,
+                spread: np.ndarray | None = None, tolerance: float = 0.0) -> Constraint:
+    """Weights times features, over all units, must come to the target's total: Σ γ_i x_i = Σ_g target_total_g · target_mean_g.
+
+    x : (n, d). target_mean : (K, d). target_total : (K,). names : of the d features. spread : (d,) what counts as one standard
+    deviation of each feature (default: that of x). tolerance : how many of these the mean may miss the target's by."""
+    n, d = x.shape
+    spread = x.std(axis=0) if spread is None else spread
+    return Constraint(BlockSums(x, np.array([0, n]), np.ones(1)), (target_total @ target_mean)[None], "global balance",
+                      names if names is not None else [f"x{j}" for j in range(d)],
+                      unit=target_total.sum() * np.where(spread > 0, spread, 1.0)[None], tolerance=tolerance)
+
+
+def exact_totals(starts: np.ndarray, target_total: np.ndarray, labels: Sequence | None = None) -> Constraint:
+    """The weights of each block must add up to its target's total: Σ_{i in g} γ_i = target_total_g.
+
+    starts : (K + 1,). target_total : (K,). labels : of the K blocks."""
+    k, n = len(target_total), starts[-1]
+    return Constraint(BlockSums(np.ones((n, 1)), starts, np.ones(k)), target_total[:, None], "total of each cluster",
+                      labels if labels is not None else range(k))
 
 # %% ../nbs/05_qp.ipynb #eb043903
 def certify(problem: Problem, weights: np.ndarray, multipliers: Sequence[np.ndarray]) -> Certificate:
@@ -96,9 +135,10 @@ def certify(problem: Problem, weights: np.ndarray, multipliers: Sequence[np.ndar
     p, scale = problem, np.abs(weights).mean() or 1.0
     equality, linear, dual = 0.0, np.zeros(p.n), 0.0
     for c, nu in zip(p.constraints, multipliers):
-        equality = max(equality, float((np.abs(c.sums(weights) - c.value) / _row_sizes(c, weights)).max()))
+        excess = np.maximum(np.abs(c.sums(weights) - c.value) - c.slack, 0.0)
+        equality = max(equality, float((excess / _row_sizes(c, weights)).max()))
         linear += c.sums.adjoint(nu)
-        dual -= float((nu * c.value).sum())
+        dual -= float((nu * c.value + np.abs(nu) * c.slack).sum())
     imbalance = p.balance(weights) - p.target
     linear += p.balance.adjoint(imbalance)
     best = np.clip(-linear / p.ridge, p.lower, p.upper)
@@ -123,13 +163,14 @@ def objective(problem: Problem, weights: np.ndarray) -> float:
 # %% ../nbs/05_qp.ipynb #5f2889a8
 @dataclass(frozen=True)
 class _Scaled:
-    "The problem in scaled variables p = γ/σ: ridge 1, balance rows `B` priced at 1/kappa, unit-length constraint rows `E`."
+    "The problem in scaled variables p = γ/σ: ridge 1, balance rows `B` priced at 1/kappa, unit-length rows `E`."
     sigma: np.ndarray
     kappa: float
     B: sparse.csc_matrix
     b: np.ndarray
     E: sparse.csc_matrix
     e: np.ndarray
+    slack: np.ndarray
     row: np.ndarray
     lower: np.ndarray
     upper: np.ndarray
@@ -142,40 +183,56 @@ def _scale(problem: Problem) -> _Scaled:
     E = sparse.vstack([c.sums.matrix() for c in problem.constraints]) @ sparse.diags(sigma)
     row = np.sqrt(np.asarray(E.multiply(E).sum(axis=1)).ravel())
     row = np.where(row > 0, row, 1.0)
-    e = np.concatenate([c.value.ravel() for c in problem.constraints])
+    e, slack = (np.concatenate([v.ravel() for v in values]) / row for values in
+                ([c.value for c in problem.constraints], [c.slack for c in problem.constraints]))
     return _Scaled(sigma, middle**2, (problem.balance.matrix() @ sparse.diags(sigma)).tocsc(), problem.target.ravel(),
-                   (sparse.diags(1 / row) @ E).tocsc(), e / row, row, problem.lower / sigma, problem.upper / sigma)
+                   (sparse.diags(1 / row) @ E).tocsc(), e, slack, row, problem.lower / sigma, problem.upper / sigma)
 
 
-def _lifted(s: _Scaled) -> tuple[sparse.csc_matrix, sparse.csc_matrix, np.ndarray]:
-    "Quadratic term, equality matrix and right-hand side in the variables (p, v)."
+def _lifted(s: _Scaled) -> tuple[sparse.csc_matrix, sparse.csc_matrix, np.ndarray, np.ndarray]:
+    "Quadratic term, matrix, right-hand side and slack of its rows, in the variables (p, v)."
     (m, n) = s.B.shape
     quadratic = sparse.diags(np.r_[np.full(n, s.kappa), np.ones(m)], format="csc")
-    return quadratic, sparse.bmat([[s.B, -sparse.eye(m)], [s.E, None]], format="csc"), np.r_[s.b, s.e]
+    matrix = sparse.bmat([[s.B, -sparse.eye(m)], [s.E, None]], format="csc")
+    return quadratic, matrix, np.r_[s.b, s.e], np.r_[np.zeros(m), s.slack]
 
 # %% ../nbs/05_qp.ipynb #a0f11dc3
-def _with_piqp(s: _Scaled) -> tuple[np.ndarray, str, int]:
+@dataclass(frozen=True)
+class _Rough:
+    "What a library answers: scaled weights p, multipliers of the rows of E over kappa, its word on how it went, its iterations."
+    p: np.ndarray
+    nu: np.ndarray
+    status: str
+    iterations: int
+
+
+def _with_piqp(s: _Scaled) -> _Rough:
     import piqp
-    quadratic, A, rhs = _lifted(s)
+    quadratic, A, rhs, slack = _lifted(s)
     n, m = len(s.sigma), len(s.b)
-    free = np.full(m, np.inf)
+    free, exact = np.full(m, np.inf), slack == 0
+    within = () if exact.all() else (A.tocsr()[~exact].tocsc(), (rhs - slack)[~exact], (rhs + slack)[~exact])
     solver = piqp.SparseSolver()
     solver.settings.eps_abs = solver.settings.eps_rel = 1e-8
-    solver.setup(quadratic, np.zeros(n + m), A, rhs, None, None, None, np.r_[s.lower, -free], np.r_[s.upper, free])
+    solver.setup(quadratic, np.zeros(n + m), A.tocsr()[exact].tocsc(), rhs[exact], *(within or (None, None, None)), np.r_[s.lower, -free],
+                 np.r_[s.upper, free])
     status = solver.solve()
-    return solver.result.x[:n].copy(), status.name.removeprefix("PIQP_").lower().replace("_", " "), solver.result.info.iter
+    duals, result = np.zeros(len(rhs)), solver.result
+    duals[exact] = result.y
+    duals[~exact] = 0.0 if exact.all() else result.z_u - result.z_l
+    return _Rough(result.x[:n].copy(), duals[m:] / s.kappa, status.name.removeprefix("PIQP_").lower().replace("_", " "), result.info.iter)
 
 
-def _with_osqp(s: _Scaled) -> tuple[np.ndarray, str, int]:
+def _with_osqp(s: _Scaled) -> _Rough:
     import osqp
-    quadratic, A, rhs = _lifted(s)
+    quadratic, A, rhs, slack = _lifted(s)
     n = len(s.sigma)
     bounded = sparse.eye(n, A.shape[1], format="csc")
     solver = osqp.OSQP()
-    solver.setup(quadratic, np.zeros(A.shape[1]), sparse.vstack([A, bounded], format="csc"), np.r_[rhs, s.lower],
-                 np.r_[rhs, s.upper], verbose=False, eps_abs=1e-7, eps_rel=1e-7, max_iter=20_000, adaptive_rho_interval=50)
+    solver.setup(quadratic, np.zeros(A.shape[1]), sparse.vstack([A, bounded], format="csc"), np.r_[rhs - slack, s.lower],
+                 np.r_[rhs + slack, s.upper], verbose=False, eps_abs=1e-7, eps_rel=1e-7, max_iter=20_000, adaptive_rho_interval=50)
     result = solver.solve(raise_error=False)
-    return result.x[:n].copy(), result.info.status, result.info.iter
+    return _Rough(result.x[:n].copy(), result.y[len(s.b):len(rhs)] / s.kappa, result.info.status, result.info.iter)
 
 
 _SOLVERS: dict[str, Callable] = {"piqp": _with_piqp, "osqp": _with_osqp}
@@ -185,15 +242,15 @@ _DELTA = 1e-9        # regularisation of the constraint block; its effect is ref
 _AT_BOUND = 1e-5     # a rough weight this close to its bound (relative to the mean weight) starts as fixed
 
 
-def _solve_refined(kkt: sparse.csc_matrix, shift: np.ndarray, rhs: np.ndarray) -> np.ndarray:
-    "Solve kkt z = rhs, a possibly singular system, by factoring kkt − diag(shift) and refining against kkt."
+def _solve_refined(kkt: sparse.csc_matrix, shift: np.ndarray, rhs: np.ndarray, start: np.ndarray) -> np.ndarray:
+    "Solve kkt z = rhs, a possibly singular system, by factoring kkt − diag(shift) and refining `start` against kkt."
     from scipy.sparse.linalg import splu
     regular = (kkt - sparse.diags(shift)).tocsc()
     try:
-        factor = splu(regular, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options={"SymmetricMode": True})
+        factor = splu(regular, permc_spec="NATURAL", diag_pivot_thresh=0.0, options={"SymmetricMode": True})
     except RuntimeError:                                    # an exact zero pivot: pay for pivoting
         factor = splu(regular)
-    best, solution, last = np.inf, np.zeros(len(rhs)), np.zeros(len(rhs))
+    best, solution, last = np.inf, start, start
     for _ in range(100):
         residual = rhs - kkt @ last
         size = np.abs(residual).max(initial=0.0)
@@ -206,35 +263,57 @@ def _solve_refined(kkt: sparse.csc_matrix, shift: np.ndarray, rhs: np.ndarray) -
     return solution
 
 
-def _polish(s: _Scaled, rough: np.ndarray, most: int = 50) -> tuple[np.ndarray, np.ndarray, int]:
-    "Scaled weights, all multipliers (balance rows first) and steps, from the active set of a rough answer."
-    A, rhs, m, q = sparse.vstack([s.B, s.E], format="csc"), np.r_[s.b, s.e], len(s.b), len(s.e)
+def _polish(s: _Scaled, rough: np.ndarray, nu: np.ndarray, most: int = 50) -> tuple[np.ndarray, np.ndarray, int]:
+    "Scaled weights, the multipliers of the rows of E (over kappa) and the steps taken, from the active set of a rough answer."
+    m, q, exact = len(s.b), len(s.e), s.slack == 0
     near = _AT_BOUND * np.abs(rough).mean()
     low, high = rough <= s.lower + near, rough >= s.upper - near
+    miss = s.E @ rough - s.e
+    side = np.where(exact, 1, np.where(np.abs(miss) >= (1 - _AT_BOUND) * s.slack, np.sign(miss), 0)).astype(int)
     for step in range(1, most + 1):
-        free = ~(low | high)
+        free, on = ~(low | high), side != 0
         p = np.where(low, s.lower, np.where(high, s.upper, 0.0))
-        on_free = A[:, free]
-        kkt = sparse.bmat([[sparse.eye(free.sum()), on_free.T],
-                           [on_free, sparse.diags(np.r_[np.full(m, -s.kappa), np.zeros(q)])]], format="csc")
-        shift = np.r_[np.zeros(free.sum() + m), np.full(q, _DELTA)]
-        solution = _solve_refined(kkt, shift, np.r_[np.zeros(free.sum()), rhs - A @ p])
-        p[free], duals = solution[:free.sum()], solution[free.sum():]
-        gradient = p + A.T @ duals
-        low, high, before = (np.where(free, p <= s.lower, low & (gradient >= 0)),
-                             np.where(free, p >= s.upper, high & (gradient <= 0)), (low, high))
-        if (low == before[0]).all() and (high == before[1]).all():
+        rows, k = sparse.vstack([s.B, s.E.tocsr()[on]], format="csr"), int(free.sum())
+        order = np.argsort(np.diff(rows.indptr) > len(p) / 4, kind="stable")       # rows that touch everybody go last
+        rows, soft = rows[order].tocsc(), (np.arange(rows.shape[0]) < m)[order]
+        on_free = rows[:, free]
+        kkt = sparse.bmat([[sparse.eye(k), on_free.T], [on_free, sparse.diags(np.where(soft, -s.kappa, 0.0))]], format="csc")
+        shift = np.r_[np.zeros(k), np.where(soft, 0.0, _DELTA)]
+        start = np.r_[rough[free], np.r_[(s.B @ rough - s.b) / s.kappa, nu[on]][order]]
+        rhs = np.r_[s.b, (s.e + side * s.slack)[on]][order] - rows @ p
+        solution = _solve_refined(kkt, shift, np.r_[np.zeros(k), rhs], start)
+        p[free], gradient, nu = solution[:k], rows.T @ solution[k:], np.zeros(q)
+        duals = np.empty(len(order))
+        duals[order] = solution[k:]
+        nu[on] = duals[m:]
+        gradient, miss, before = gradient + p, s.E @ p - s.e, (low, high, side)
+        low, high = np.where(free, p <= s.lower, low & (gradient >= 0)), np.where(free, p >= s.upper, high & (gradient <= 0))
+        used_up = np.where(np.abs(miss) > s.slack, np.sign(miss), 0)
+        side = np.where(exact, 1, np.where(on, np.where(side * nu > 0, side, 0), used_up)).astype(int)
+        if all((now == then).all() for now, then in zip((low, high, side), before)):
             break
-    return np.clip(p, s.lower, s.upper), duals, step
+        rough = p
+    return np.clip(p, s.lower, s.upper), nu, step
 
 # %% ../nbs/05_qp.ipynb #d347d9bd
 _FEASIBLE = 1e-7     # a largest miss below this (in units of the constraint) counts as none
 
 
-def closest(problem: Problem) -> tuple[float, list[str], np.ndarray | None]:
-    """How far the closest weights within the bounds leave the soft constraints, which rows conflict, and those weights.
+@dataclass(frozen=True)
+class Closest:
+    """The weights within the bounds that come closest to meeting the soft constraints.
 
-    The distance is in the constraints' units; infinite (and no weights) if even the hard constraints cannot be met."""
+    distance : the largest miss, in units of the constraint; infinite if even the hard constraints cannot be met. names : of the rows
+    in conflict. direction : their multipliers, all soft rows in order; the combination of rows that cannot be reached.
+    weights : (n,), or None."""
+    distance: float
+    names: list[str]
+    direction: np.ndarray
+    weights: np.ndarray | None
+
+
+def closest(problem: Problem) -> Closest:
+    """The weights within the bounds that leave the smallest largest miss of the soft constraints, tolerances put aside."""
     from scipy.optimize import linprog
     soft = [c for c in problem.constraints if c.unit is not None]
     hard = [c for c in problem.constraints if c.unit is None]
@@ -252,25 +331,74 @@ def closest(problem: Problem) -> tuple[float, list[str], np.ndarray | None]:
     upper = {"A_ub": sparse.vstack(rows), "b_ub": np.concatenate(rhs)} if soft else {}
     result = linprog(np.r_[np.zeros(n), 1.0], **upper, **equal, bounds=np.vstack([bounds, [0, np.inf]]), method="highs")
     if result.status == 2:
-        return np.inf, [name for c in hard for name in c.names], None
+        return Closest(np.inf, _over_committed(problem, hard), np.zeros(0), None)
     if result.status != 0:
         raise SolverError(f"The linear programme that looks for the closest feasible weights failed: {result.message}")
     names = [name for c in soft for name in c.names]
-    push = np.abs(result.ineqlin.marginals).reshape(2, -1).sum(axis=0) if soft else np.zeros(0)
-    return float(result.x[-1]), [name for name, value in zip(names, push) if value > 1e-7], result.x[:n]
+    marginals = result.ineqlin.marginals.reshape(2, -1) if soft else np.zeros((2, 0))
+    direction = marginals[1] - marginals[0]
+    return Closest(float(result.x[-1]), [name for name, v in zip(names, direction) if abs(v) > 1e-7], direction, result.x[:n])
 
 
-def _infeasible(problem: Problem, distance: float, names: list[str], weights) -> InfeasibleError:
-    label = " and ".join(dict.fromkeys(c.label for c in problem.constraints if (c.unit is not None) == np.isfinite(distance)))
-    if not np.isfinite(distance):
-        return InfeasibleError(f"No weights within the bounds meet the {label} of {listed(names)}. Widen the bounds.", names)
-    return InfeasibleError(f"Exact {label} is impossible: no weights within the bounds reach the target for {listed(names)}. The "
-                           f"closest leave a difference of {distance:.2g} standard deviations.", names, distance, weights)
+def _over_committed(problem: Problem, hard: Sequence[Constraint]) -> list[str]:
+    "The hard rows that the bounds alone rule out (totals beyond what their block can carry); all hard rows if none is so by itself."
+    low, high = (np.broadcast_to(v, problem.n) for v in (problem.lower, problem.upper))
+    out = []
+    for c in hard:
+        signed = [BlockSums(np.maximum(sign * c.sums.x, 0), c.sums.starts, c.sums.scale) for sign in (1, -1)]
+        with np.errstate(invalid="ignore"):
+            most, least = signed[0](high) - signed[1](low), signed[0](low) - signed[1](high)
+        beyond = (c.value > most * (1 + 1e-12)) | (c.value < least * (1 - 1e-12))
+        out += [name for name, bad in zip(c.names, beyond.ravel()) if bad]
+    return out or [name for c in hard for name in c.names]
+
+
+def _infeasible(problem: Problem, found: Closest) -> InfeasibleError:
+    label = " and ".join(dict.fromkeys(c.label for c in problem.constraints if (c.unit is not None) == np.isfinite(found.distance)))
+    if not np.isfinite(found.distance):
+        return InfeasibleError(f"No weights within the bounds meet the {label} of {listed(found.names)}. Widen the bounds.", found.names)
+    asked = max(c.tolerance for c in problem.constraints)
+    goal = f"{label[0].upper()}{label[1:]} within {asked:g} standard deviations" if asked else f"Exact {label}"
+    return InfeasibleError(f"{goal} is impossible: no weights within the bounds reach the target for {listed(found.names)}. The closest leave a "
+                           f"difference of {found.distance:.2g} standard deviations; tolerance='auto' asks for no more than that.",
+                           found.names, found.distance, found.weights, found.direction)
+
+# %% ../nbs/05_qp.ipynb #5ff476f0
+def with_tolerance(problem: Problem, tolerance: float | str) -> Problem:
+    """The problem with every soft constraint loosened to `tolerance`: a number ≥ 0 in the constraints' units, or "auto".
+
+    "auto" is 0 where exact balance is feasible, else 1.01 times the smallest feasible tolerance."""
+    if isinstance(tolerance, str) and tolerance == "auto":
+        found = closest(problem)
+        if not np.isfinite(found.distance):
+            raise _infeasible(problem, found)
+        tolerance = 1.01 * found.distance if found.distance > _FEASIBLE else 0.0
+    elif not (isinstance(tolerance, Real) and np.isfinite(tolerance) and tolerance >= 0):
+        raise InputError(f"tolerance={tolerance!r} must be 'auto' or a number of standard deviations, 0 or more.")
+    return replace(problem, constraints=tuple(c if c.unit is None else replace(c, tolerance=float(tolerance)) for c in problem.constraints))
+
+
+def block_bounds(bounds: tuple[float, float], max_share: float | None, starts: np.ndarray, target_total: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) lower and upper bounds of the weights: `bounds` for all, and no unit more than `max_share` of its block's total.
+
+    Raises `InputError` if bounds are not two ordered numbers or `max_share` is not in (0, 1]."""
+    try:
+        low, high = map(float, bounds)
+    except (TypeError, ValueError):
+        raise InputError(f"bounds={bounds!r} must be two numbers, for example (0, 10).") from None
+    if not low <= high or low == np.inf or high == -np.inf:
+        raise InputError(f"bounds={bounds!r}: the lower bound must not exceed the upper.")
+    if max_share is not None and not (isinstance(max_share, Real) and 0 < max_share <= 1):
+        raise InputError(f"max_share={max_share!r} must be a share of the cluster's total, above 0 and at most 1.")
+    cap = np.inf if max_share is None else max_share * np.repeat(target_total, np.diff(starts))
+    upper = np.minimum(high, np.broadcast_to(cap, starts[-1]))
+    return np.minimum(low, upper), upper
 
 # %% ../nbs/05_qp.ipynb #73bb3d56
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Solution:
-    "Certified weights: `weights` (n,), `certificate`, `solver`, its `status`, `iterations`, polishing `steps`, `objective`, `seconds`."
+    """Certified weights: `weights` (n,), `certificate`, `solver`, its `status`, `iterations`, polishing `steps`, `objective`,
+    `seconds`, and the `tolerance` on balance that was asked for."""
     weights: np.ndarray = field(repr=False)
     multipliers: tuple[np.ndarray, ...] = field(repr=False)
     certificate: Certificate
@@ -280,6 +408,7 @@ class Solution:
     steps: int
     objective: float
     seconds: float
+    tolerance: float = 0.0
 
     def __str__(self) -> str:
         return f"{self.solver}, {self.status} in {counted(self.iterations, 'iteration')} and {counted(self.steps, 'polishing step')}; {self.certificate}"
@@ -288,16 +417,16 @@ class Solution:
 def _attempt(problem: Problem, scaled: _Scaled, name: str) -> tuple[Solution | None, str]:
     "One library's answer, polished and with its certificate (None if there was nothing to polish), and its status."
     start = time.perf_counter()
-    rough, status, iterations = _SOLVERS[name](scaled)
-    if "infeasible" in status or not np.isfinite(rough).all():
-        return None, status
-    p, duals, steps = _polish(scaled, rough)
+    rough = _SOLVERS[name](scaled)
+    if "infeasible" in rough.status or not np.isfinite(rough.p).all():
+        return None, rough.status
+    p, duals, steps = _polish(scaled, rough.p, rough.nu)
     weights = np.clip(p * scaled.sigma, problem.lower, problem.upper)
-    values = duals[len(scaled.b):] * scaled.kappa / scaled.row
+    values = duals * scaled.kappa / scaled.row
     splits = np.cumsum([c.value.size for c in problem.constraints])[:-1]
     multipliers = tuple(v.reshape(c.value.shape) for v, c in zip(np.split(values, splits), problem.constraints))
-    return Solution(weights, multipliers, certify(problem, weights, multipliers), name, status, iterations, steps,
-                    objective(problem, weights), time.perf_counter() - start), status
+    return Solution(weights, multipliers, certify(problem, weights, multipliers), name, rough.status, rough.iterations, steps,
+                    objective(problem, weights), time.perf_counter() - start, max(c.tolerance for c in problem.constraints)), rough.status
 
 
 def solve(problem: Problem, solver: str = "auto") -> Solution:
@@ -306,19 +435,18 @@ def solve(problem: Problem, solver: str = "auto") -> Solution:
     solver : "auto" (PIQP, then OSQP), "piqp" or "osqp".
     Raises `InfeasibleError` if no weights satisfy the constraints, with the names of those in conflict; `SolverError`, with
     the best attempt attached, if no library leads to an answer within `TOLERANCES`."""
-    if solver != "auto" and solver not in _SOLVERS:
+    if not isinstance(solver, str) or solver not in ("auto", *_SOLVERS):
         raise InputError(f"Unknown solver {solver!r}." + nearest(solver, ["auto", *_SOLVERS]))
-    scaled, attempts, words, distance = _scale(problem), [], {}, None
+    scaled, attempts, words, found = _scale(problem), [], {}, None
     for name in _SOLVERS if solver == "auto" else [solver]:
         attempt, words[name] = _attempt(problem, scaled, name)
         if attempt is not None and attempt.certificate.ok:
             return attempt
         attempts += [attempt] if attempt is not None else []
-        if distance is None:
-            distance, names, weights = closest(problem)
-            if distance > _FEASIBLE:
-                raise _infeasible(problem, distance, names, weights)
+        found = found or closest(problem)
+        if found.distance > max(c.tolerance for c in problem.constraints) + _FEASIBLE:
+            raise _infeasible(problem, found)
     best = min(attempts, key=lambda a: a.certificate.worst, default=None)
     said = "; ".join(f"{name}: {word}" for name, word in words.items())
     raise SolverError(f"No solver reached a certified answer ({said}; best attempt {best and best.certificate}). A larger lam, "
-                      "fewer covariates, or covariates of similar scale make the problem easier.", best)
+                      "fewer covariates, or dropping one of two that are nearly the same make the problem easier.", best)

@@ -5,7 +5,9 @@
 # %% ../nbs/01_study.ipynb #6a5cb6f1
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import re
+import warnings
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -14,7 +16,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from .core import InputError, Table, listed, nearest, shown
+from .core import DroppedUnitsWarning, InputError, Table, caller_depth, counted, listed, nearest, shown
 
 # %% auto #0
 __all__ = ['cluster_sums', 'Study', 'variance_components', 'Description']
@@ -23,39 +25,137 @@ __all__ = ['cluster_sums', 'Study', 'variance_components', 'Description']
 _TOO_LARGE = 1e100    # squares of larger values overflow
 
 
-def _factor(values: pd.Series, name) -> tuple[np.ndarray, list[str]]:
-    "One 0/1 column per level of a factor but the first in sorted order, and the columns' names."
-    levels = sorted(values.unique(), key=str)
-    if len(levels) > max(20, len(values) // 2):
-        raise InputError(f"Covariate {name!r} is text with {len(levels)} different values in {len(values)} rows: it looks like "
-                         f"an identifier. Leave it out, or turn it into a number.")
-    return (values.to_numpy()[:, None] == np.array(levels[1:], dtype=object)[None, :]).astype(float), \
-        [f"{name}[{level}]" for level in levels[1:]]
+def _is_factor(values: pd.Series) -> bool:
+    "Whether a covariate is a factor: categorical, or all text."
+    if isinstance(values.dtype, pd.CategoricalDtype):
+        return True
+    known = values.dropna()
+    return not pd.api.types.is_numeric_dtype(values) and len(known) > 0 and all(isinstance(v, str) for v in known)
 
 
 def _numbers(values: pd.Series, name, role: str) -> np.ndarray:
-    "A column as floats; raises if it holds anything that is not a number."
-    if pd.api.types.is_complex_dtype(values) or pd.api.types.is_datetime64_any_dtype(values):
+    "A column as floats (NaN where missing); raises if it holds anything that is not a number."
+    if pd.api.types.is_complex_dtype(values) or values.dtype.kind in "mM" or isinstance(values.dtype, pd.DatetimeTZDtype):
         raise InputError(f"The {role} {name!r} has type {values.dtype}. Turn it into a number first.")
     try:
-        return values.to_numpy(dtype=float)
-    except (TypeError, ValueError):
-        bad = [v for v in values if isinstance(v, str) or not np.isscalar(v)] or list(values)
-        raise InputError(f"The {role} {name!r} must be numeric, but holds {listed(bad, most=2)}.") from None
+        numbers = values.astype(object).where(values.notna(), np.nan).to_numpy(dtype=float)
+    except (TypeError, ValueError, OverflowError):
+        known = list(values.dropna())
+        bad = [v for v in known if isinstance(v, str) or not np.isscalar(v)] or known
+        raise InputError(f"The {role} {name!r} must be numeric, but holds {listed(dict.fromkeys(map(shown, bad)), most=2)}.") from None
+    if np.isinf(numbers).any():
+        raise InputError(f"The {role} {name!r} has {counted(int(np.isinf(numbers).sum()), 'infinite value')}. Mend or drop these rows first.")
+    if (np.abs(numbers) > _TOO_LARGE).any():
+        raise InputError(f"The {role} {name!r} has values beyond ±{_TOO_LARGE:g}. Use larger units.")
+    return numbers
 
 
-def _covariate(values: pd.Series, name) -> tuple[np.ndarray, list[str]]:
-    "The numeric columns of one covariate and their names."
-    if isinstance(values.dtype, pd.CategoricalDtype):
-        return _factor(values.astype(object), name)
-    if pd.api.types.is_numeric_dtype(values) or not all(isinstance(v, str) for v in values):
-        return _numbers(values, name, "covariate")[:, None], [str(name)]
-    return _factor(values.astype(object), name)
+def _levels(values: pd.Series, name) -> tuple:
+    "The levels of a factor in sorted order; raises if it looks like an identifier."
+    levels = tuple(sorted(values.dropna().unique(), key=str))
+    if len(levels) > max(20, len(values) // 2):
+        raise InputError(f"Covariate {name!r} is text with {len(levels)} different values in {len(values)} rows: it looks like "
+                         f"an identifier. Leave it out, or turn it into a number.")
+    return levels
+
+# %% ../nbs/01_study.ipynb #17db8170
+@dataclass(frozen=True)
+class _Encoder:
+    """How covariates become columns: `levels` of factors, `fills` for gaps in numbers, `spec` of a formula (None: one column each)."""
+    covs: tuple
+    levels: dict
+    fills: dict
+    spec: object = None
+
+    def __call__(self, frame: pd.DataFrame) -> tuple[np.ndarray, list[str], dict]:
+        "The (n, d) matrix, its column names, and the columns of each term."
+        filled, gaps = self._fill(frame)
+        x, names, terms = self._formula(filled) if self.spec is not None else self._columns(filled)
+        for cov in self.fills:
+            terms[f"{cov}[missing]"] = (len(names),)
+            names.append(f"{cov}[missing]")
+        return np.column_stack([x, *(gaps[cov] for cov in self.fills)]), names, terms
+
+    def _fill(self, frame: pd.DataFrame) -> tuple[pd.DataFrame, dict]:
+        out, gaps = {}, {}
+        for cov in self.covs:
+            values = frame[cov]
+            if cov in self.levels:
+                text = values.astype(object).where(values.notna(), "missing")
+                unknown = set(text.unique()) - set(self.levels[cov])
+                if unknown:
+                    raise InputError(f"Covariate {cov!r} has levels that the study does not have: {listed(sorted(unknown, key=str))}.")
+                out[cov] = pd.Series(pd.Categorical(text, categories=list(self.levels[cov])))
+            else:
+                numbers = _numbers(values, cov, "covariate")
+                gaps[cov] = np.isnan(numbers).astype(float)
+                out[cov] = pd.Series(np.where(np.isnan(numbers), self.fills.get(cov, np.nan), numbers))
+        return pd.DataFrame(out), gaps
+
+    def _columns(self, frame: pd.DataFrame) -> tuple[np.ndarray, list[str], dict]:
+        blocks, names, terms = [], [], {}
+        for cov in self.covs:
+            first = len(names)
+            if cov in self.levels:
+                codes, others = frame[cov].cat.codes.to_numpy(), range(1, len(self.levels[cov]))
+                blocks += [(codes == j).astype(float) for j in others]
+                names += [f"{cov}[{self.levels[cov][j]}]" for j in others]
+            else:
+                blocks.append(frame[cov].to_numpy(dtype=float))
+                names.append(str(cov))
+            terms[cov] = tuple(range(first, len(names)))
+        return np.column_stack(blocks) if blocks else np.zeros((len(frame), 0)), names, terms
+
+    def _formula(self, frame: pd.DataFrame) -> tuple[np.ndarray, list[str], dict]:
+        try:
+            matrix = self.spec.get_model_matrix(frame, context={})
+        except Exception as error:
+            raise InputError(f"The formula cannot be computed: {_plain(error)}") from error
+        keep = [j for j, name in enumerate(matrix.columns) if name != "Intercept"]
+        place = {j: k for k, j in enumerate(keep)}
+        terms = {str(term): tuple(place[j] for j in columns) for term, columns in matrix.model_spec.term_indices.items() if str(term) != "1"}
+        return matrix.to_numpy(dtype=float)[:, keep], [str(matrix.columns[j]) for j in keep], terms
+
+
+def _plain(error: Exception) -> str:
+    "An error's first line without terminal colours."
+    return re.sub(r"\x1b\[[0-9;]*m|[\u29da\u29db]", "", str(error)).strip().splitlines()[0]
+
+
+def _learn(frame: pd.DataFrame, covs: Sequence, missing: str, right_side: str | None = None) -> _Encoder:
+    "The encoder for the covariates of `frame`; `right_side` is that of a formula."
+    levels, fills = {}, {}
+    for cov in covs:
+        gap = frame[cov].isna().to_numpy()
+        if _is_factor(frame[cov]):
+            levels[cov] = _levels(frame[cov].astype(object), cov) + (("missing",) if gap.any() else ())
+        elif gap.any():
+            numbers = _numbers(frame[cov], cov, "covariate")
+            if gap.all():
+                raise InputError(f"Covariate {cov!r} is missing in every row.")
+            fills[cov] = float(numbers[~gap].mean())
+    plain = _Encoder(tuple(covs), levels, fills)
+    if right_side is None:
+        return plain
+    import formulaic
+    try:
+        spec = formulaic.model_matrix(right_side, plain._fill(frame)[0], context={}).model_spec
+    except Exception as error:
+        raise InputError(f"The formula {right_side!r} cannot be read: {_plain(error)}") from error
+    return _Encoder(tuple(covs), levels, fills, spec)
 
 # %% ../nbs/01_study.ipynb #7bc8ecdd
+def _hashable(values: pd.Series, role: str) -> pd.Series:
+    "The values, if each is a single one: lists have no place in a data frame's cells."
+    bad = next((v for v in values if not isinstance(v, Hashable)), None)
+    if bad is not None:
+        raise InputError(f"The {role} {values.name!r} has cells such as {bad!r}; each must hold a single value.")
+    return values
+
+
 def _treatment(values: pd.Series, name, treated) -> np.ndarray:
     "Booleans, True for treated units."
-    found = sorted(values.unique(), key=str)
+    found = sorted(_hashable(values, "treatment").unique(), key=str)
     if len(found) != 2:
         what = f"only the value {shown(found[0])}, so one arm is empty" if len(found) == 1 else f"{len(found)} different values"
         raise InputError(f"The treatment {name!r} must have exactly two values, but has {what}.")
@@ -77,39 +177,47 @@ def cluster_sums(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
     return np.add.reduceat(values, starts[:-1], axis=0)
 
 # %% ../nbs/01_study.ipynb #257d610e
-def _read(data, columns: list) -> pd.DataFrame:
-    "The named columns as a pandas data frame with positional index."
+def _open(data) -> nw.DataFrame:
+    "The data frame behind narwhals' common face."
     try:
-        frame = nw.from_native(data, eager_only=True)
+        return nw.from_native(data, eager_only=True)
     except TypeError:
-        raise InputError(f"data must be a data frame in memory (pandas, polars, pyarrow), not "
-                         f"{type(data).__name__}.") from None
+        raise InputError(f"data must be a data frame in memory (pandas, polars, pyarrow), not {type(data).__name__}.") from None
     except nw.exceptions.DuplicateError as error:
         raise InputError(f"The data have two columns of one name: {error}") from None
-    missing = [c for c in columns if c not in frame.columns]
-    if missing:
-        raise InputError(" ".join(f"The data have no column {c!r}.{nearest(c, frame.columns)}" for c in missing))
+
+
+def _read(data, columns: list) -> pd.DataFrame:
+    "The named columns as a pandas data frame with positional index, whatever the library they come from."
+    pandas = isinstance(data, pd.DataFrame)                 # whose column names may be numbers or tuples
+    frame = data if pandas else _open(data)
+    names = list(frame.columns)
+    for c in columns:
+        if c not in names:
+            raise InputError(f"The data have no column {shown(c)}.{nearest(c, names)}")
+        if names.count(c) > 1:
+            raise InputError(f"The data have {names.count(c)} columns of the name {shown(c)}.")
     if not len(frame):
         raise InputError("The data have no rows.")
-    return frame.select(columns).to_pandas().reset_index(drop=True)
+    if pandas:
+        return pd.DataFrame({c: data.iloc[:, names.index(c)].reset_index(drop=True) for c in columns})
+    return pd.DataFrame({c: pd.Series(frame[c].to_numpy() if frame[c].dtype.is_numeric() else frame[c].to_list()) for c in columns})
 
 
-def _refuse_gaps(frame: pd.DataFrame) -> None:
-    "Raise if a value is missing or infinite, with counts per column."
-    missing = frame.isna().sum()
-    if missing.any():
-        raise InputError(
-            f"{frame.isna().any(axis=1).sum()} of {len(frame)} rows have missing values: "
-            + ", ".join(f"{name!r} in {k}" for name, k in missing[missing > 0].items())
-            + ". Drop or impute these rows first, and say so: data.dropna(subset=[…]).")
-    numeric = frame.select_dtypes(include="number")
-    wild = (~np.isfinite(numeric)).sum()
-    if wild.any():
-        raise InputError("Infinite values: " + ", ".join(f"{name!r} has {k}" for name, k in wild[wild > 0].items())
-                         + ". Mend or drop these rows first.")
-    wild = (numeric.abs() > _TOO_LARGE).any()
-    if wild.any():
-        raise InputError(f"Values beyond ±{_TOO_LARGE:g} in {listed(wild[wild].index)}. Use larger units.")
+def _settle_missing(frame: pd.DataFrame, missing: str, may_fill: Sequence) -> np.ndarray:
+    "Which rows stay, by the rule `missing`; raises where the rule does not allow a gap. `may_fill`: columns whose gaps can be filled."
+    if missing not in ("error", "indicator", "drop"):
+        raise InputError(f"missing={missing!r} must be 'error', 'indicator' or 'drop'." + nearest(missing, ["error", "indicator", "drop"]))
+    gaps = frame.isna()
+    if missing == "drop":
+        return ~gaps.any(axis=1).to_numpy()
+    counted_gaps = (gaps if missing == "error" else gaps.drop(columns=list(may_fill))).sum()
+    if counted_gaps.any():
+        way_out = ('Say missing="drop" to leave these rows out' + (', or missing="indicator" to keep them with a column that marks the gap.'
+                   if missing == "error" else ': an indicator is for covariates only.'))
+        raise InputError(f"{gaps[counted_gaps[counted_gaps > 0].index].any(axis=1).sum()} of {len(frame)} rows have missing values: "
+                         + ", ".join(f"{name!r} in {k}" for name, k in counted_gaps[counted_gaps > 0].items()) + f". {way_out}")
+    return np.ones(len(frame), dtype=bool)
 
 # %% ../nbs/01_study.ipynb #aac5dd6d
 class Study:
@@ -117,40 +225,61 @@ class Study:
 
     Parameters
     ----------
-    data : data frame (pandas; any eager frame that narwhals reads), one row a unit.
+    data : data frame in memory, one row a unit: pandas, or any other that narwhals reads (polars, pyarrow …).
     treat : column with two values. 0/1 and False/True are read as control/treated; else `treated` names the treated value.
     cluster : column with the cluster of each unit; labels of any type.
-    covs : column or list of columns to balance. Text and categorical columns become 0/1 columns.
-    outcome : numeric column; may be left out while designing.
+    covs : column or list of columns to balance. Text and categorical columns become 0/1 columns. `Study.from_formula` takes terms.
+    outcome : numeric column, or a list of them (the first is the default of `estimate`); may be left out while designing.
     treated : the value of `treat` that means treated.
+    sampling_weights : column of positive numbers, how many people a unit stands for; brought to mean 1.
+    missing : "error" (default), "drop" (leave rows with gaps out, with a warning) or "indicator" (fill gaps in covariates, and mark
+        them with a column of their own).
 
     Attributes (arrays in cluster order)
     ----------
-    n, n_clusters : numbers of units and clusters.
-    treat : (n,) bool. outcome : (n,) float or None. x : (n, d) float, the encoded covariates.
-    names : the d column names of `x`. terms : for each name in `covs`, its columns in `x`.
+    n, n_clusters : numbers of units and clusters. n_rows : rows of the data, those left out included.
+    treat : (n,) bool. outcome : (n,) float or None; outcomes : all of them by name. x : (n, d) float, the encoded covariates.
+    sampling_weights : (n,) with mean 1. weight_scale : the mean that they had.
+    names : the d column names of `x`. terms : for each covariate or term of the formula, its columns in `x`.
     cluster : (n,) int, 0 … K − 1. starts : (K + 1,), where each cluster begins. labels : the K cluster labels.
-    level : "unit" if some cluster has both arms, else "cluster".
+    level : "unit" if some cluster has both arms, else "cluster"; "survey" for `Study.survey`.
     constant_within : names of the covariates that do not vary within any cluster.
 
     Raises `InputError` for missing columns, missing or infinite values, an empty arm, a single cluster, constant columns.
     """
 
     def __init__(self, data, *, treat: Hashable, cluster: Hashable, covs: Sequence[Hashable] | Hashable,
-                 outcome: Hashable | None = None, treated=None):
-        covs = [covs] if isinstance(covs, str) or not isinstance(covs, Sequence) else list(covs)
-        roles = {"treat": treat, "cluster": cluster} | ({} if outcome is None else {"outcome": outcome})
-        self._check_roles(roles, covs)
-        frame = _read(data, [*roles.values(), *covs])
-        _refuse_gaps(frame)
-        self.columns = MappingProxyType(roles | {"covs": tuple(covs)})
-        self._order_by(frame[cluster])
-        self.treat = self.from_rows(_treatment(frame[treat], treat, treated))
-        self.outcome = None if outcome is None else self.from_rows(_numbers(frame[outcome], outcome, "outcome"))
-        self._encode(frame, covs)
-        both = self.n_treated * self.n_controls > 0
-        self.level = "unit" if both.any() else "cluster"
-        for value in vars(self).values():
+                 outcome: Hashable | Sequence[Hashable] | None = None, treated=None, sampling_weights: Hashable | None = None,
+                 missing: str = "error"):
+        self._fill(data, {"treat": treat}, cluster, _as_list(covs), outcome, sampling_weights, missing, treated=treated)
+
+    def _fill(self, data, group: dict, cluster, covs: list, outcome, sampling_weights, missing: str, *, treated=None, right_side=None,
+              survey: bool = False) -> None:
+        outcomes = [] if outcome is None else _as_list(outcome)
+        weights = {} if sampling_weights is None else {"sampling_weights": sampling_weights}
+        roles = group | {"cluster": cluster} | weights
+        _check_roles(roles, outcomes, covs)
+        frame = _read(data, [*roles.values(), *outcomes, *covs])
+        stays = _settle_missing(frame.drop(columns=outcomes) if survey else frame, missing, covs)
+        if not stays.any():
+            raise InputError(f"Every one of the {len(frame)} rows has a missing value.")
+        self.columns = MappingProxyType(roles | {"outcome": tuple(outcomes), "covs": tuple(covs)})
+        self._order_by(frame.loc[stays, cluster], np.flatnonzero(stays), len(frame))
+        arm = _responded(frame[stays], outcomes, group) if survey else _treatment(frame.loc[stays, group["treat"]], group["treat"], treated)
+        self.treat = arm[self._sorted]
+        self.outcomes = MappingProxyType({name: _numbers(frame[name], name, "outcome")[self._rows] for name in outcomes})
+        self._weigh(frame, sampling_weights)
+        self._encoder = _learn(frame[stays].reset_index(drop=True), covs, missing, right_side)
+        self._encode(frame[stays].reset_index(drop=True))
+        self.level = "survey" if survey else "unit" if (self.n_treated * self.n_controls > 0).any() else "cluster"
+        self._seal()
+        if self.n < self.n_rows:
+            warnings.warn(DroppedUnitsWarning(f"{self.n_rows - self.n:,} of {self.n_rows:,} rows have missing values and were left out "
+                                              f'(missing="drop").'), stacklevel=caller_depth())
+
+    def _seal(self) -> None:
+        "Make arrays read-only and the object immutable."
+        for value in [*vars(self).values(), *self.outcomes.values()]:
             if isinstance(value, np.ndarray):
                 value.flags.writeable = False
         self._sealed = True
@@ -160,81 +289,220 @@ class Study:
             raise AttributeError(f"A Study does not change: make a new one instead of setting {name!r}.")
         object.__setattr__(self, name, value)
 
-    @staticmethod
-    def _check_roles(roles: dict, covs: list) -> None:
-        if not covs:
-            raise InputError("covs is empty: name at least one covariate to balance.")
-        for name in {c for c in covs if covs.count(c) > 1}:
-            raise InputError(f"covs names {name!r} twice.")
-        used = [*roles.values(), *covs]
-        for name in used:
-            if used.count(name) > 1:
-                where = [r for r, c in roles.items() if c == name] + (["covs"] if name in covs else [])
-                raise InputError(f"Column {name!r} is used as {' and as '.join(where)}. Each column plays one part.")
-
-    def _order_by(self, labels: pd.Series) -> None:
-        "Sort units by cluster: `cluster`, `starts`, `labels`, and the way back to the caller's rows."
-        try:
-            codes, found = pd.factorize(labels, sort=True)
-        except TypeError:                                   # labels of mixed types have no order: keep that of the rows
-            codes, found = pd.factorize(labels)
-        if len(found) == 1:
-            raise InputError(f"All {len(labels)} units share one cluster, {shown(found[0])}. Is {labels.name!r} the right column?")
-        self.labels = np.empty(len(found), dtype=object)
-        self.labels[:] = list(found)
-        self._rows = np.argsort(codes, kind="stable")
-        self.cluster = codes[self._rows]
-        self.starts = np.searchsorted(self.cluster, np.arange(len(found) + 1))
-        self.n, self.n_clusters = len(codes), len(found)
-
-    def _encode(self, frame: pd.DataFrame, covs: list) -> None:
-        "Covariates as numbers: `x`, `names`, `terms`, `constant_within`."
-        blocks, names, terms = [], [], {}
-        for cov in covs:
-            block, columns = _covariate(frame[cov], cov)
-            terms[cov] = tuple(range(len(names), len(names) + len(columns)))
-            blocks.append(block)
-            names += columns
-        self.x = self.from_rows(np.column_stack(blocks))
-        self.names, self.terms = tuple(names), MappingProxyType(terms)
-        size = np.abs(self.x).max(axis=0, initial=0.0)
-        constant = [c for c, j in terms.items() if not j or np.all(np.ptp(self.x[:, list(j)], axis=0) <= 1e-12 * size[list(j)])]
-        if constant:
-            raise InputError(f"Constant covariates: {listed(constant)}. They cannot be out of balance: leave them out.")
-        spread = (np.maximum.reduceat(self.x, self.starts[:-1]) - np.minimum.reduceat(self.x, self.starts[:-1])).max(axis=0)
-        self.constant_within = tuple(n for n, s, z in zip(names, spread, size) if s <= 1e-12 * z)
-
-    def from_rows(self, values: np.ndarray) -> np.ndarray:
-        "Values in the caller's row order, put in cluster order."
-        return np.asarray(values)[self._rows]
-
-    def to_rows(self, values: np.ndarray) -> np.ndarray:
-        "Values in cluster order, put back in the caller's row order."
-        out = np.empty_like(values)
-        out[self._rows] = values
-        return out
-
-    @property
-    def n_treated(self) -> np.ndarray:
-        "(K,) treated units in each cluster."
-        return cluster_sums(self.treat.astype(int), self.starts)
-
-    @property
-    def n_controls(self) -> np.ndarray:
-        "(K,) control units in each cluster."
-        return np.diff(self.starts) - self.n_treated
+    def __delattr__(self, name):
+        raise AttributeError(f"A Study does not change: {name!r} cannot be deleted.")
 
     def __getstate__(self):
-        return vars(self) | {"columns": dict(self.columns), "terms": dict(self.terms)}
+        return {k: dict(v) if isinstance(v, MappingProxyType) else v for k, v in vars(self).items()}
 
     def __setstate__(self, state):
-        vars(self).update(state | {k: MappingProxyType(state[k]) for k in ("columns", "terms")})
+        vars(self).update({k: MappingProxyType(v) if k in ("columns", "terms", "outcomes") else v for k, v in state.items()})
+        for value in [*vars(self).values(), *self.outcomes.values()]:
+            if isinstance(value, np.ndarray):
+                value.flags.writeable = False
 
-    def __repr__(self) -> str:
-        return (f"Study: {self.n:,} units in {self.n_clusters:,} clusters ({self.columns['cluster']}), "
-                f"{self.treat.sum():,} treated ({self.columns['treat']}), {len(self.names)} covariate columns, "
-                f"outcome {self.columns.get('outcome', 'not given')}; treatment varies "
-                + ("within clusters." if self.level == "unit" else "between clusters only."))
+
+def _as_list(names) -> list:
+    "One column name, or several."
+    if isinstance(names, (dict, set)):
+        raise InputError(f"Columns must be given as a list of names, not as {names!r}.")
+    return list(names) if isinstance(names, Iterable) and not isinstance(names, str) else [names]
+
+
+def _check_roles(roles: dict, outcomes: list, covs: list) -> None:
+    "Each column plays one part."
+    if not covs:
+        raise InputError("covs is empty: name at least one covariate to balance.")
+    parts = {role: [name] for role, name in roles.items()} | {"outcome": outcomes, "covs": covs}
+    for part, names in parts.items():
+        for name in names:
+            if names.count(name) > 1:
+                raise InputError(f"{part} names {name!r} twice.")
+            where = [other for other, used in parts.items() if name in used]
+            if len(where) > 1:
+                raise InputError(f"Column {name!r} is used as {' and as '.join(where)}. Each column plays one part.")
+
+# %% ../nbs/01_study.ipynb #fd04fe3b
+@patch
+def _order_by(self: Study, labels: pd.Series, positions: np.ndarray, n_rows: int) -> None:
+    "Sort units by cluster: `cluster`, `starts`, `labels`, and the way back to the caller's rows."
+    try:
+        codes, found = pd.factorize(labels, sort=True)
+    except TypeError:                                   # labels of mixed types have no order: keep that of the rows
+        codes, found = pd.factorize(_hashable(labels, "cluster"))
+    if len(found) == 1:
+        raise InputError(f"All {len(labels)} units share one cluster, {shown(found[0])}. Is {labels.name!r} the right column?")
+    self.labels = np.empty(len(found), dtype=object)
+    self.labels[:] = list(found)
+    self._sorted = np.argsort(codes, kind="stable")     # among the rows that stay
+    self._rows = positions[self._sorted]                # among all rows of the caller
+    self.cluster = codes[self._sorted]
+    self.starts = np.searchsorted(self.cluster, np.arange(len(found) + 1))
+    self.n, self.n_clusters, self.n_rows = len(codes), len(found), n_rows
+    self.totals = None                                  # a survey may have population totals as its target
+
+
+@patch
+def from_rows(self: Study, values: np.ndarray) -> np.ndarray:
+    "Values in the caller's row order, put in cluster order (rows that were left out fall away)."
+    values = np.asarray(values)
+    if values.shape[:1] != (self.n_rows,):
+        raise InputError(f"Expected one value for each of the {self.n_rows} rows of the data, got shape {values.shape}.")
+    return values[self._rows]
+
+
+@patch
+def to_rows(self: Study, values: np.ndarray, fill=0) -> np.ndarray:
+    "Values in cluster order, put back in the caller's row order, with `fill` in rows that were left out."
+    values = np.asarray(values)
+    out = np.full((self.n_rows, *values.shape[1:]), fill, dtype=values.dtype)
+    out[self._rows] = values
+    return out
+
+# %% ../nbs/01_study.ipynb #ce37a970
+@patch
+def _weigh(self: Study, frame: pd.DataFrame, name) -> None:
+    "Sampling weights with mean 1."
+    weights = np.ones(self.n) if name is None else _numbers(frame[name], name, "column of sampling weights")[self._rows]
+    if not (weights > 0).all():
+        raise InputError(f"Sampling weights must be positive; {name!r} has {(weights <= 0).sum()} values that are not. A unit that stands for "
+                         "nobody should be left out.")
+    self.weight_scale = float(weights.mean())
+    self.sampling_weights = weights / self.weight_scale
+
+
+@patch
+def _encode(self: Study, frame: pd.DataFrame) -> None:
+    "Covariates as numbers: `x`, `names`, `terms`, `constant_within`."
+    x, names, terms = self._encoder(frame)
+    self.x, self.names, self.terms = x[self._sorted], tuple(names), MappingProxyType(terms)
+    size = np.abs(self.x).max(axis=0, initial=0.0)
+    constant = [t for t, j in terms.items() if not j or np.all(np.ptp(self.x[:, list(j)], axis=0) <= 1e-12 * size[list(j)])]
+    if constant:
+        raise InputError(f"Constant covariates: {listed(constant)} (or without variation at the precision of a number). They cannot be out of "
+                         "balance: leave them out.")
+    varies = np.ptp(self.x, axis=0) > 1e-12 * size
+    if not varies.all():
+        raise InputError(f"Columns that do not vary: {listed(n for n, v in zip(names, varies) if not v)}. Leave the terms out that make them.")
+    spread = (np.maximum.reduceat(self.x, self.starts[:-1]) - np.minimum.reduceat(self.x, self.starts[:-1])).max(axis=0)
+    self.constant_within = tuple(n for n, s, z in zip(names, spread, size) if s <= 1e-12 * z)
+
+# %% ../nbs/01_study.ipynb #13a65d36
+@patch(as_prop=True)
+def outcome(self: Study) -> np.ndarray | None:
+    "(n,) the first outcome, or None."
+    return next(iter(self.outcomes.values()), None)
+
+
+@patch(as_prop=True)
+def n_treated(self: Study) -> np.ndarray:
+    "(K,) treated units (in a survey: respondents) in each cluster."
+    return cluster_sums(self.treat.astype(int), self.starts)
+
+
+@patch(as_prop=True)
+def n_controls(self: Study) -> np.ndarray:
+    "(K,) control units in each cluster."
+    return np.diff(self.starts) - self.n_treated
+
+
+@patch
+def encode(self: Study, data) -> np.ndarray:
+    "The covariates of another data frame, say of a target population, as columns like those of `x`: (m, d)."
+    frame = _read(data, list(self.columns["covs"]))
+    _settle_missing(frame, "indicator", list(self._encoder.fills))
+    return self._encoder(frame)[0]
+
+
+@patch
+def find_clusters(self: Study, data) -> np.ndarray:
+    "(m,) the cluster of each row of another data frame, by its label; −1 for clusters that the study does not have."
+    labels = _read(data, [self.columns["cluster"]]).iloc[:, 0]
+    place = {label: k for k, label in enumerate(self.labels)}
+    return np.array([place.get(label, -1) for label in labels])
+
+
+@patch
+def __repr__(self: Study) -> str:
+    outcomes = ", ".join(map(str, self.outcomes)) or "not given"
+    if self.level == "survey":
+        return (f"Survey: {self.n:,} units in {self.n_clusters:,} clusters ({self.columns['cluster']}), {self.treat.sum():,} respondents, "
+                f"{len(self.names)} covariate columns, outcome {outcomes}.")
+    return (f"Study: {self.n:,} units in {self.n_clusters:,} clusters ({self.columns['cluster']}), "
+            f"{self.treat.sum():,} treated ({self.columns['treat']}), {len(self.names)} covariate columns, "
+            f"outcome {outcomes}; treatment varies "
+            + ("within clusters." if self.level == "unit" else "between clusters only."))
+
+# %% ../nbs/01_study.ipynb #1c0682ab
+def _parse(formula: str) -> tuple[str, str, str]:
+    "Treatment, right-hand side and cluster of `treat ~ terms + (1 | cluster)`."
+    sides = formula.split("~")
+    bars = re.findall(r"\(([^()|]*)\|([^()|]*)\)", formula)
+    if len(sides) != 2 or not sides[0].strip():
+        raise InputError(f"The formula {formula!r} must read 'treat ~ covariates + (1 | cluster)'.")
+    if len(bars) != 1 or bars[0][0].strip() != "1" or formula.count("|") != 1:
+        raise InputError(f"The formula {formula!r} must name the cluster once, as (1 | cluster); other bars have no meaning here.")
+    right = re.sub(r"\+?\s*\([^()|]*\|[^()|]*\)", "", sides[1]).strip().lstrip("+").strip()
+    if not right:
+        raise InputError(f"The formula {formula!r} names no covariates.")
+    return sides[0].strip(), right, bars[0][1].strip()
+
+
+@patch(cls_method=True)
+def from_formula(cls: Study, formula: str, data, *, outcome: Hashable | Sequence[Hashable] | None = None, treated=None,
+                 sampling_weights: Hashable | None = None, missing: str = "error") -> Study:
+    """A study from a formula `treat ~ terms + (1 | cluster)`; the other arguments are those of `Study`.
+
+    Terms are read by formulaic: `bs(age, df=4)`, `age:female`, `C(lunch)`, `log(income)`. `terms` of the study maps each to its columns."""
+    import formulaic
+    treat, right, cluster = _parse(formula)
+    try:
+        variables = formulaic.Formula(right).required_variables
+    except Exception as error:
+        raise InputError(f"The formula {formula!r} cannot be read: {_plain(error)}") from error
+    mentioned = {a or b for a, b in re.findall(r"`([^`]+)`|\b([A-Za-z_]\w*)\b(?!\s*\()", right)} & set(_open(data).columns)
+    study = cls.__new__(cls)
+    study._fill(data, {"treat": treat}, cluster, sorted(mentioned | set(map(str, variables))), outcome, sampling_weights, missing, treated=treated, right_side=right)
+    return study
+
+# %% ../nbs/01_study.ipynb #03287eed
+def _responded(frame: pd.DataFrame, outcomes: list, group: dict) -> np.ndarray:
+    "Who responded: by the column `responded`, else where no outcome is missing."
+    known = frame[outcomes].notna().all(axis=1).to_numpy()
+    responded = known if not group else _treatment(frame[group["responded"]], group["responded"], None)
+    if (responded & ~known).any():
+        raise InputError(f"{(responded & ~known).sum()} respondents have no outcome.")
+    if responded.all() or not responded.any():
+        raise InputError(f"{responded.sum()} of {len(responded)} units responded: there is nothing to weight"
+                         + (" for. Is the outcome complete?" if responded.all() else "."))
+    return responded
+
+
+@patch(cls_method=True)
+def survey(cls: Study, data, *, outcome: Hashable | Sequence[Hashable], cluster: Hashable, covs: Sequence[Hashable] | Hashable,
+           sampling_weights: Hashable | None = None, responded: Hashable | None = None, totals: Mapping[str, float] | None = None,
+           missing: str = "error") -> Study:
+    """A survey: respondents to be weighted to the full sample, or to population totals. `level` is "survey", `treat` is True for respondents.
+
+    outcome : numeric column(s), missing for those who did not respond. responded : 0/1 column of who responded, if not read off the outcome.
+    totals : population totals by column of `x` (see `names`), and under "N" the population's size; the target then, instead of the sample.
+    cluster, covs, sampling_weights, missing : as for `Study`; `missing` is about everything but the outcome."""
+    study = cls.__new__(cls)
+    study._fill(data, {} if responded is None else {"responded": responded}, cluster, _as_list(covs), outcome, sampling_weights, missing, survey=True)
+    if totals is not None:
+        size = float(totals.get("N", np.nan))
+        object.__setattr__(study, "totals", (_by_name(totals, study.names, also=["N"]) / size, size))
+        if not (np.isfinite(study.totals[0]).all() and size > 0):
+            raise InputError("totals must be finite numbers for " + listed([*study.names, "N"], most=20) + ", and N positive.")
+    return study
+
+
+def _by_name(values: Mapping[str, float], names: Sequence[str], also: Sequence[str] = ()) -> np.ndarray:
+    "(d,) numbers for the columns `names`; raises if one is lacking or unknown."
+    lacking, unknown = [n for n in (*names, *also) if n not in values], [n for n in values if n not in (*names, *also)]
+    if lacking or unknown:
+        raise InputError((f"No value for {listed(lacking)}." if lacking else "") + (f" Unknown: {listed(unknown)}." if unknown else ""))
+    return np.array([float(values[n]) for n in names])
 
 # %% ../nbs/01_study.ipynb #4b19a56f
 def variance_components(values: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -244,6 +512,8 @@ def variance_components(values: np.ndarray, starts: np.ndarray) -> tuple[np.ndar
     negative. NaN within if every cluster has one unit. Source: Searle, Casella & McCulloch (1992), section 3.6."""
     n, sizes = len(values), np.diff(starts)
     k = len(sizes)
+    if k == 1:                                              # one cluster: nothing lies between clusters
+        return 0.0 * values[0], values.var(axis=0, ddof=1)
     values = values - values.mean(axis=0)
     means = (cluster_sums(values, starts).T / sizes).T
     between = (means**2).T @ sizes / (k - 1)
@@ -268,9 +538,15 @@ class Description:
 def _facts(study: Study) -> Table:
     n1, n0 = study.n_treated, study.n_controls
     sizes = n1 + n0
+    if study.level == "survey":
+        return Table(pd.DataFrame({"": {
+            "units": f"{study.n:,}", "respondents": f"{n1.sum():,} ({n1.sum() / study.n:.1%})", "clusters": f"{study.n_clusters:,}",
+            "cluster sizes": f"{sizes.min()} to {sizes.max()}, median {np.median(sizes):g}",
+            "clusters without respondents": f"{(n1 == 0).sum():,}", "constant within clusters": ", ".join(study.constant_within) or "no covariate"}}),
+            title=f"Survey in {study.columns['cluster']}")
     facts = {
-        "units": f"{study.n:,}",
-        "treated": f"{n1.sum():,} ({n1.sum() / study.n:.0%})",
+        "units": f"{study.n:,}" + (f" ({study.n_rows - study.n:,} rows left out)" if study.n < study.n_rows else ""),
+        "treated": f"{n1.sum():,} ({n1.sum() / study.n:.1%})",
         "clusters": f"{study.n_clusters:,}",
         "cluster sizes": f"{sizes.min()} to {sizes.max()}, median {np.median(sizes):g}",
         "clusters with both arms": f"{((n1 > 0) & (n0 > 0)).sum():,}",
@@ -283,15 +559,14 @@ def _facts(study: Study) -> Table:
 
 
 def _variables(study: Study) -> Table:
-    values, names = [study.treat.astype(float), study.x], [str(study.columns["treat"]), *study.names]
-    if study.outcome is not None:
-        values.append(study.outcome)
-        names.append(str(study.columns["outcome"]))
-    values = np.column_stack(values)
+    survey = study.level == "survey"                        # where outcomes are missing for some
+    values = np.column_stack([study.treat.astype(float), study.x, *([] if survey else study.outcomes.values())])
+    names = ["responded" if survey else str(study.columns["treat"]), *study.names, *([] if survey else map(str, study.outcomes))]
     between, within = variance_components(values, study.starts)
     with np.errstate(invalid="ignore", divide="ignore"):
         icc = between / (between + within)
-    frame = pd.DataFrame({"mean treated": values[study.treat].mean(0), "mean control": values[~study.treat].mean(0),
+    first, second = ("respondents", "others") if survey else ("treated", "control")
+    frame = pd.DataFrame({f"mean {first}": values[study.treat].mean(0), f"mean {second}": values[~study.treat].mean(0),
                           "sd": values.std(0, ddof=1), "ICC": icc}, index=names)
     return Table(frame, title="Variables", formats=dict.fromkeys(frame, ".3g") | {"ICC": ".3f"},
                  notes=["ICC: share of the variance that lies between clusters (analysis of variance)."])
@@ -304,3 +579,20 @@ def describe(self: Study) -> Description:
     clusters = pd.DataFrame({"units": n1 + n0, "treated": n1, "controls": n0, "share_treated": n1 / (n1 + n0)},
                             index=pd.Index(list(self.labels), name=self.columns["cluster"], tupleize_cols=False))
     return Description(_facts(self), _variables(self), clusters)
+
+# %% ../nbs/01_study.ipynb #0a7234c8
+@patch
+def plot(self: Study, ax=None):
+    "Share of treated units against cluster size, one dot a cluster; hollow where an arm is missing. Returns the Axes."
+    if ax is None:
+        import matplotlib.pyplot as plt
+        _, ax = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    sizes, share = self.n_treated + self.n_controls, self.n_treated / (self.n_treated + self.n_controls)
+    both = (share > 0) & (share < 1)
+    ax.plot(sizes[both], share[both], "o", color="black", alpha=0.6, markersize=5, label=f"both arms ({both.sum()})")
+    if not both.all():
+        ax.plot(sizes[~both], share[~both], "o", color="black", markerfacecolor="white", markersize=5, label=f"one arm missing ({(~both).sum()})")
+    ax.axhline(self.treat.mean(), color="grey", linestyle="--", linewidth=1, label="overall share")
+    ax.set(xlabel=f"units in the cluster ({self.columns['cluster']})", ylabel="share treated", ylim=(-0.04, 1.04))
+    ax.legend()
+    return ax

@@ -6,86 +6,187 @@
 from __future__ import annotations
 
 import functools
+import html
 import inspect
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from numbers import Real
 
+import narwhals as nw
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from .core import DroppedUnitsWarning, InputError, OverlapWarning, Table, counted, nearest
-from .framework import Balance, balance, ess
-from .inference import Estimate, contrast, left_out_residuals
-from .qp import Solution
-from .study import Study, cluster_sums
+from .core import DroppedUnitsWarning, EstimationError, InputError, OverlapWarning, Table, caller_depth, counted, listed, nearest
+from .framework import Balance, balance, compare_groups, ess, standardized_differences
+from .inference import Estimate, contrast, left_out_residuals, weighted_mean
+from .qp import BlockSums, Problem, Solution, closest, exact_means, exact_totals
+from .study import Study, _by_name, cluster_sums
 
 # %% auto #0
-__all__ = ['METHODS', 'Arm', 'treated_as_target', 'Method', 'method', 'Target', 'Weights', 'unadjusted_weights', 'resolve_lam']
+__all__ = ['WEIGHTED_ARMS', 'TARGET_NOUNS', 'METHODS', 'Arm', 'group_mask', 'target_weights', 'arms', 'Method', 'method',
+           'canonical_estimand', 'Target', 'Weights', 'weigh', 'model_residuals', 'unadjusted_weights', 'resolve_lam',
+           'Feasibility', 'feasibility']
 
 # %% ../nbs/08_weights.ipynb #c190c258
+WEIGHTED_ARMS = {"ATT": {"controls": "treated"}, "ATC": {"treated": "controls"}, "ATE": {"controls": "all", "treated": "all"},
+                 "mean": {"respondents": "all"}, "total": {"respondents": "all"}}
+TARGET_NOUNS = {"ATT": "treated units", "ATC": "control units", "ATE": "units", "mean": "units", "total": "units"}
+_ALIASES = {"ATET": "ATT", "ATTE": "ATT"}
+
+
 @dataclass(frozen=True)
 class Arm:
     """Units to be weighted and the target they should stand for, by cluster; what a method's array function works on.
 
-    rows : (m,) positions in the study. x : (m, d) features. starts : (K + 1,) blocks of rows; one block for methods that ignore
-    clusters. target_mean : (K, d) and target_total : (K,), the target's mean features and number of units in each block.
-    names, labels : of features and blocks."""
+    name : "controls", "treated" or "respondents". rows : (m,) positions in the study. x : (m, d) features. base : (m,) sampling weights. starts : (K + 1,)
+    blocks of rows; one block for methods that ignore clusters. target_mean : (K, d) and target_total : (K,), the target's mean features
+    and size in each block. spread : (d,) one standard deviation of each feature. names, labels : of features and blocks."""
+    name: str
     rows: np.ndarray
     x: np.ndarray
+    base: np.ndarray
     starts: np.ndarray
     target_mean: np.ndarray
     target_total: np.ndarray
+    spread: np.ndarray
     names: Sequence[str]
     labels: Sequence
 
 
-def _features(study: Study, standardize: bool) -> np.ndarray:
-    "Covariates centred, and divided by their overall standard deviation before weighting unless told otherwise."
-    centred = study.x - study.x.mean(axis=0)
-    return centred / study.x.std(axis=0) if standardize else centred
+def group_mask(study: Study, name: str) -> np.ndarray:
+    "(n,) who belongs to an arm or target group: treated, controls, respondents, all."
+    return {"treated": study.treat, "respondents": study.treat, "controls": ~study.treat, "all": np.ones(study.n, dtype=bool)}[name]
 
 
-def _block_means(x: np.ndarray, mask: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    "Number of units under `mask` in each block, and their means (NaN where there are none)."
-    total = cluster_sums(mask.astype(float), starts)
-    with np.errstate(invalid="ignore"):
-        return total, cluster_sums(np.where(mask[:, None], x, 0.0), starts) / total[:, None]
+def _scale(study: Study, standardize: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "Centre and unit of the features, and one overall standard deviation before weighting in that unit, each (d,)."
+    s = study.sampling_weights[:, None] / study.n
+    centre = (s * study.x).sum(axis=0)
+    spread = np.sqrt((s * (study.x - centre) ** 2).sum(axis=0))
+    return (centre, spread, np.ones_like(spread)) if standardize else (centre, np.ones_like(spread), spread)
+
+# %% ../nbs/08_weights.ipynb #1f9705bb
+def target_weights(study: Study, target: np.ndarray, cluster_weight: str = "units") -> np.ndarray:
+    """(n,) the weight of each target unit (0 elsewhere): its sampling weight, or scaled so that each cluster's add up to the same.
+
+    target : (n,) bool. cluster_weight : "units" or "clusters". The sum over all units is the same either way."""
+    base = np.where(target, study.sampling_weights, 0.0)
+    if cluster_weight == "units":
+        return base
+    if cluster_weight != "clusters":
+        raise InputError(f"Unknown cluster_weight {cluster_weight!r}." + nearest(cluster_weight, ["units", "clusters"]))
+    per_cluster = cluster_sums(base, study.starts)
+    equal = base.sum() / (per_cluster > 0).sum()
+    return base * np.repeat(np.where(per_cluster > 0, equal / np.where(per_cluster > 0, per_cluster, 1.0), 0.0), np.diff(study.starts))
 
 
-def treated_as_target(study: Study, *, within: bool, standardize: bool = True) -> tuple[Arm, np.ndarray]:
-    """The arm and target of the ATT, and the (n,) reason why a unit is left out ("" if it is not).
-
-    within : whether controls stand only for treated units of their own cluster; then clusters that lack an arm are left out.
-    Raises `InputError` if no cluster has both arms."""
+def _left_out(study: Study) -> np.ndarray:
+    "(n,) why a unit has no part in a comparison within clusters; empty if it has."
     reason = np.full(study.n, "", dtype=object)
-    keep = np.ones(study.n, dtype=bool)
-    if within:
-        n1, n0 = (np.repeat(v, np.diff(study.starts)) for v in (study.n_treated, study.n_controls))
-        reason[n0 == 0], reason[n1 == 0] = "no controls in cluster", "no treated in cluster"
-        keep = (n1 > 0) & (n0 > 0)
-        if not keep.any():
-            raise InputError("No cluster has both treated and control units, so nothing can be compared within clusters.")
-    blocks = study.cluster[keep] if within else np.zeros(study.n, dtype=int)
-    labels, counts = np.unique(blocks, return_counts=True)
-    treat, x = study.treat[keep], _features(study, standardize)[keep]
-    total, mean = _block_means(x, treat, np.r_[0, np.cumsum(counts)])
-    arm = Arm(np.flatnonzero(keep & ~study.treat), x[~treat], np.r_[0, np.cumsum(counts - total.astype(int))], mean, total,
-              study.names, study.labels[labels] if within else ("all",))
-    return arm, reason
+    n1, n0 = (np.repeat(v, np.diff(study.starts)) for v in (study.n_treated, study.n_controls))
+    if study.level == "survey":
+        reason[n1 == 0] = "no respondents in cluster"
+        return reason
+    reason[n0 == 0], reason[n1 == 0] = "no controls in cluster", "no treated in cluster"
+    if (reason != "").all():
+        raise EstimationError("No cluster has both treated and control units, so nothing can be compared within clusters.")
+    return reason
+
+
+def _make_arm(study: Study, name: str, kept: np.ndarray, base: np.ndarray, within: bool, standardize: bool) -> Arm:
+    "The kept units of one arm against the target given by its weights `base`."
+    centre, unit, spread = _scale(study, standardize)
+    x, mine = (study.x - centre) / unit, kept & group_mask(study, name)
+    blocks = study.cluster if within else np.zeros(study.n, dtype=int)
+    labels, codes = np.unique(blocks[kept], return_inverse=True)
+    code = np.full(study.n, -1)
+    code[kept] = codes
+    k, d = len(labels), x.shape[1]
+    total = np.bincount(codes, weights=base[kept], minlength=k)
+    mean = np.stack([np.bincount(codes, weights=base[kept] * x[kept, j], minlength=k) for j in range(d)], axis=1) / total[:, None]
+    starts = np.searchsorted(code[mine], np.arange(k + 1))
+    return Arm(name, np.flatnonzero(mine), x[mine], study.sampling_weights[mine], starts, mean, total, spread, study.names,
+               study.labels[labels] if within else ("all",))
+
+
+@dataclass(frozen=True)
+class _Outside:
+    "A target from outside: means (G, d) and sizes (G,) by cluster of the study (one row without clusters), its size in all, and its clusters."
+    means: np.ndarray
+    sizes: np.ndarray
+    units: int
+    clusters: int
+
+
+def _outside(study: Study, target, within: bool) -> _Outside:
+    "Read a target: a data frame with the study's covariates, or a mapping from the names of all columns of `study.x` to their means."
+    if isinstance(target, Mapping):
+        if within:
+            raise InputError("A target given by its means has no clusters, so units cannot stand for their own cluster's part of it. Give a data frame "
+                             "with the cluster column, or use balancing_weights.")
+        means = _by_name(target, study.names)
+        if not np.isfinite(means).all():
+            raise InputError("target holds means that are missing or infinite.")
+        return _Outside(means[None], np.array([float(study.n)]), study.n, 1)
+    x = study.encode(target)
+    if not within:
+        return _Outside(x.mean(axis=0)[None], np.array([float(len(x))]), len(x), 1)
+    codes = study.find_clusters(target)
+    sizes = np.bincount(codes[codes >= 0], minlength=study.n_clusters).astype(float)
+    sums = np.stack([np.bincount(codes[codes >= 0], weights=x[codes >= 0, j], minlength=study.n_clusters) for j in range(x.shape[1])], axis=1)
+    with np.errstate(invalid="ignore"):
+        return _Outside(sums / sizes[:, None], sizes, len(x), len(set(_labels(study, target))))
+
+
+def _labels(study: Study, data) -> list:
+    "The cluster labels of another data frame."
+    return nw.from_native(data, eager_only=True)[study.columns["cluster"]].to_list()
+
+
+def arms(study: Study, estimand: str, *, within: bool, standardize: bool = True, cluster_weight: str = "units",
+         target=None) -> tuple[list[Arm], np.ndarray, np.ndarray]:
+    """The arms to be weighted, the (n,) weights of target units, and the (n,) reason why a unit is left out ("" if it is not).
+
+    within : whether units stand only for targets of their own cluster; then clusters that lack an arm are left out. target : one from outside,
+    a data frame with the covariates (and the cluster, if within), or a mapping of means; a survey's totals count as one.
+    Raises `EstimationError` if no cluster has both arms, `InputError` for means or totals where units stand for their own cluster."""
+    if study.totals is not None and within:
+        raise InputError("Population totals have no clusters, so respondents cannot stand for their own cluster's part. Use balancing_weights.")
+    outside = (None if target is None else _outside(study, target, within)) if study.totals is None else _Outside(
+        study.totals[0][None], np.array([study.totals[1]]), round(study.totals[1]), 1)
+    if outside and cluster_weight != "units":
+        raise InputError(f"cluster_weight={cluster_weight!r} is for targets within the study; a target from outside counts by its own units.")
+    reason = _left_out(study) if within else np.full(study.n, "", dtype=object)
+    if outside and within:
+        unmet = np.repeat(outside.sizes == 0, np.diff(study.starts)) & (reason == "")
+        reason[unmet] = "no target in cluster"
+        if (reason != "").all():
+            raise EstimationError("The target shares no cluster with the study in which both arms are present.")
+    kept = reason == ""
+    made, base = [], np.zeros(study.n)
+    for name, group in WEIGHTED_ARMS[estimand].items():
+        base = target_weights(study, group_mask(study, group) & kept, cluster_weight)
+        arm = _make_arm(study, name, kept, base, within, standardize)
+        if outside:
+            (centre, unit, _), met = _scale(study, standardize), np.unique(study.cluster[kept]) if within else [0]
+            arm = replace(arm, target_mean=(outside.means[met] - centre) / unit, target_total=outside.sizes[met])
+        made.append(arm)
+    return made, base, reason
 
 # %% ../nbs/08_weights.ipynb #45c2be9d
 @dataclass(frozen=True)
 class Method:
     """What the package knows of a method. name : as in `compare`. label : for tables. function : Study → Weights.
 
-    outcome_model : what the standard error's outcome model may use: "none", "covariates", "covariates and clusters"."""
+    outcome_model : what the standard error's outcome model may use: "none", "covariates", "covariates and clusters".
+    estimands : those it can estimate in a study of treated and untreated; "mean" and "total" in a survey."""
     name: str
     label: str
     function: Callable
     outcome_model: str
+    estimands: tuple[str, ...] = ("ATT", "ATC", "ATE")
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -101,7 +202,10 @@ def method(name: str, label: str, *, outcome_model: str) -> Callable:
     def register(function):
         @functools.wraps(function)
         def run(study, *args, **options):
-            _check_call(function, study, options)
+            _check_call(METHODS[name], study, options)
+            options["estimand"] = canonical_estimand(options.get("estimand"), METHODS[name], study)
+            if options.get("target") is not None and options["estimand"] != "ATE":
+                raise InputError("A target from outside is for the average effect on everybody in it: estimand='ATE'.")
             weights = function(study, *args, **options)
             _warn(weights)
             return weights
@@ -110,88 +214,166 @@ def method(name: str, label: str, *, outcome_model: str) -> Callable:
     return register
 
 
-def _check_call(function: Callable, study, options: Mapping) -> None:
+def canonical_estimand(estimand: str | None, method: Method, study: Study) -> str:
+    "The estimand by its usual name (None: ATT, in a survey the mean); raises `InputError` if the method cannot estimate it in this study."
+    possible = ("mean", "total") if study.level == "survey" else method.estimands
+    if estimand is None:
+        return possible[0]
+    name = str(estimand) if str(estimand) in possible else _ALIASES.get(str(estimand).upper(), str(estimand).upper())
+    if name not in possible:
+        raise InputError(f"{method.label} cannot estimate estimand={estimand!r} in this study." + nearest(name, possible))
+    return name
+
+
+def _check_call(method: Method, study, options: Mapping) -> None:
     "Complaints that every method shares."
-    name, known = function.__name__, list(inspect.signature(function).parameters)[1:]
+    name, known = method.function.__name__, method.options
     if not isinstance(study, Study):
         raise InputError(f"{name} takes a Study, not {type(study).__name__}: cw.Study(data, treat=…, cluster=…, covs=…, outcome=…).")
     for option in options:
         if option not in known:
-            raise InputError(f"{name} has no option {option!r}." + (nearest(option, known) if known else " It has none."))
+            raise InputError(f"{name} has no option {option!r}." + nearest(option, known))
     if study.level == "cluster":
-        raise InputError(f"{name} compares treated and control units within clusters, but {study.columns['treat']!r} never varies within "
-                         f"{study.columns['cluster']!r}: whole clusters were treated. This version has no method for such designs.")
+        raise InputError(f"{study.columns['treat']!r} never varies within {study.columns['cluster']!r}: whole clusters were treated. {name} and its "
+                         "standard error are for treatments that vary within clusters; this version has no method for whole clusters.")
 
 # %% ../nbs/08_weights.ipynb #5da0a381
 @dataclass(frozen=True)
 class Target:
-    "Whom the estimate speaks of: treated units and clusters kept, and how many there were."
+    "Whom the estimate speaks of: target units and clusters kept, and how many there were. noun : what they are called."
     units: int
     clusters: int
     all_units: int
     all_clusters: int
+    noun: str
 
     def __str__(self) -> str:
         if self.units == self.all_units:
-            return f"all {self.units:,} treated units, in {counted(self.clusters, 'cluster')}"
-        return (f"{self.units:,} of {self.all_units:,} treated units, in {self.clusters:,} of the {self.all_clusters:,} clusters that have "
-                "treated units")
+            return f"all {self.units:,} {self.noun}, in {counted(self.clusters, 'cluster')}"
+        return f"{self.units:,} of {self.all_units:,} {self.noun}, in {self.clusters:,} of the {self.all_clusters:,} clusters that have such units"
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Weights:
     """Weights of a method for a study.
 
-    study, method (name), params : what was asked of whom; params["lam"] is the number that was used. solution : of the solver, with
-    its certificate; None if the weights have a closed form. estimand : "ATT"."""
+    study, method (name), params : what was asked of whom; params["lam"] is the number that was used (one for each weighted arm, if there are
+    two). estimand : "ATT", "ATC", "ATE", in a survey "mean" or "total". in_order, reason : (n,) weights, and why a unit is left out, in the study's order.
+    solutions : the solver's solution for each weighted arm, with its certificate; empty if the weights have a closed form. outside : the
+    target, if it came from outside the study."""
     study: Study
     method: str
+    estimand: str
     params: dict
     in_order: np.ndarray
     reason: np.ndarray
-    solution: Solution | None = None
-    estimand: str = "ATT"
+    solutions: dict[str, Solution]
+    outside: Target | None = None
+
+    def __post_init__(self):
+        for array in (self.in_order, self.reason):
+            array.flags.writeable = False
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        self.__post_init__()
 
     @property
     def weights(self) -> np.ndarray:
-        "(n,) in the caller's row order: 1 for treated units, sums to the same number over controls, 0 where not used."
+        "(n_rows,) in the caller's row order, 0 where not used. Sampling weights are in them already."
         return self.study.to_rows(self.in_order)
 
     @property
+    def factor(self) -> np.ndarray:
+        "(n_rows,) weights over sampling weights: what weighting does beyond the sample's design."
+        return self.study.to_rows(self.in_order / self.study.sampling_weights)
+
+    @property
     def kept(self) -> np.ndarray:
-        "(n,) in the caller's row order: False for units that the method had to leave out."
+        "(n_rows,) in the caller's row order: False for units that were left out, by the method or for missing values."
         return self.study.to_rows(self.reason == "")
+
+    @property
+    def weighted_arms(self) -> dict[str, np.ndarray]:
+        "(n,) mask of each arm that was weighted."
+        return {arm: group_mask(self.study, arm) for arm in WEIGHTED_ARMS[self.estimand]}
 
     @property
     def target(self) -> Target:
         "Whom the estimate speaks of."
-        treat, used = self.study.treat, self.study.treat & (self.reason == "")
-        return Target(int(used.sum()), len(np.unique(self.study.cluster[used])), int(treat.sum()), int((self.study.n_treated > 0).sum()))
+        if self.outside is not None:
+            return self.outside
+        group = group_mask(self.study, next(iter(WEIGHTED_ARMS[self.estimand].values())))
+        used = group & (self.reason == "")
+        return Target(int(used.sum()), len(np.unique(self.study.cluster[used])), int(group.sum()), len(np.unique(self.study.cluster[group])),
+                      TARGET_NOUNS[self.estimand])
 
     @property
     def ess(self) -> dict[str, float]:
         "Kish's effective sample size of each arm."
-        treat = self.study.treat
-        return {"treated": ess(self.in_order[treat]), "controls": ess(self.in_order[~treat])}
+        names = ["respondents"] if self.study.level == "survey" else ["treated", "controls"]
+        return {name: ess(self.in_order[group_mask(self.study, name)]) for name in names}
+
+    @property
+    def solution(self) -> Solution | None:
+        "The solver's solution; of two weighted arms the one with the worse certificate. None for a closed form."
+        return max(self.solutions.values(), key=lambda s: s.certificate.worst, default=None)
 
     @property
     def status(self) -> str:
         "How the weights came about."
-        return "closed form" if self.solution is None else "certified"
+        return "certified" if self.solutions else "closed form"
 
     def balance(self) -> Balance:
-        "Global and local balance before and after weighting, among the units that were kept."
-        return balance(self.study, self.in_order, (self.reason == "").astype(float))
+        "Global and local balance before and after weighting, among the units that were kept: treated and controls, or full sample and respondents."
+        study, kept = self.study, self.reason == ""
+        if study.level == "survey":
+            full = study.sampling_weights * kept
+            return compare_groups(study, ("full sample", "respondents"), (full, full * study.treat), (full, self.in_order))
+        before = self.in_order.copy()
+        for mask in self.weighted_arms.values():
+            before[mask] = study.sampling_weights[mask]
+        return balance(study, self.in_order, before * kept)
 
     def to_frame(self) -> pd.DataFrame:
-        "One row per unit in the caller's order: cluster, treated, weight, kept, reason."
+        "One row per row of the data, in the caller's order: cluster, treated, weight, factor, kept, reason (\"missing\" for rows left out of the study)."
         s = self.study
-        return pd.DataFrame({"cluster": s.labels[s.to_rows(s.cluster)], "treated": s.to_rows(s.treat), "weight": self.weights,
-                             "kept": self.kept, "reason": s.to_rows(self.reason)})
+        return pd.DataFrame({"cluster": s.to_rows(s.labels[s.cluster], None), "treated": s.to_rows(s.treat), "weight": self.weights,
+                             "factor": self.factor, "kept": self.kept, "reason": s.to_rows(self.reason, "missing")})
 
     def refit(self, study: Study, **changes) -> Weights:
         "The same recipe on another study; `lam` stays what it was unless changed: refit(study, lam=\"auto\")."
-        return METHODS[self.method].function(study, **(self.params | changes))
+        options = {k: v for k, v in self.params.items() if k in METHODS[self.method].options}
+        return METHODS[self.method].function(study, **(options | changes))
+
+# %% ../nbs/08_weights.ipynb #59344be2
+def weigh(study: Study, method: str, solve: Callable[[Arm], np.ndarray | Solution], params: dict, *, within: bool) -> Weights:
+    """Weights of a method: `solve` is called with each arm of params["estimand"] and returns its weights or a `Solution`.
+
+    params : the method's options by name; "estimand" is required, "cluster_weight", "standardize" and "target" are used here if present."""
+    keys = {k: params[k] for k in ("cluster_weight", "standardize", "target") if k in params}
+    if not isinstance(keys.get("standardize", True), (bool, np.bool_)):
+        raise InputError(f"standardize={keys['standardize']!r} must be True or False.")
+    made, target, reason = arms(study, params["estimand"], within=within, **keys)
+    own = {"ATT": study.treat, "ATC": ~study.treat}.get(params["estimand"], np.zeros(study.n, dtype=bool))    # an arm that is its own target
+    weights, solutions = np.where(own & (reason == ""), target, 0.0), {}
+    for arm in made:
+        answer = solve(arm)
+        if isinstance(answer, Solution):
+            solutions[arm.name], answer = answer, answer.weights
+        weights[arm.rows] = answer
+    return Weights(study, method, params["estimand"], params, weights, reason, solutions, _target_outside(study, keys.get("target"), made, within))
+
+
+def _target_outside(study: Study, target, made: list[Arm], within: bool) -> Target | None:
+    "What an estimate for a target from outside speaks of."
+    if target is None and study.totals is None:
+        return None
+    if target is None or not within:
+        size = round(made[0].target_total.sum())
+        return Target(size, 1, size, 1, "units of a population given from outside")
+    outside = _outside(study, target, within)
+    return Target(round(made[0].target_total.sum()), len(made[0].target_total), outside.units, outside.clusters, "units of a population given from outside")
 
 # %% ../nbs/08_weights.ipynb #f7d0e659
 _LEAN = 0.10         # one unit with more than this share of its arm's weight is worth a warning,
@@ -200,59 +382,117 @@ _TIMES_EQUAL = 3     # if it is also this many times its share under equal weigh
 
 def _warn(weights: Weights) -> None:
     "Warn of lost target units and of weights that lean on few units, on behalf of the caller of a method."
-    target, controls = weights.target, weights.in_order[~weights.study.treat]
+    target = weights.target
     if target.units < target.all_units:
-        lost = target.all_units - target.units
+        lacking = {"ATT": "no controls", "ATC": "no treated units", "ATE": "only one arm, or none,"}.get(weights.estimand, "no respondents")
         warnings.warn(DroppedUnitsWarning(
-            f"{lost:,} of {target.all_units:,} treated units were left out: no controls in their "
-            f"{counted(target.all_clusters - target.clusters, 'cluster')}. The estimate speaks of {target}."), stacklevel=3)
-    share = controls.max() / controls.sum()
-    if share > max(_LEAN, _TIMES_EQUAL / len(controls)):
-        warnings.warn(OverlapWarning(
-            f"A single control carries {share:.0%} of the weight; the effective sample size of the {len(controls):,} controls is "
-            f"{ess(controls):,.1f}. Look at balance() and consider a larger lam or fewer covariates."), stacklevel=3)
+            f"{target.all_units - target.units:,} of {target.all_units:,} {target.noun} were left out: {lacking} in their "
+            f"{counted(target.all_clusters - target.clusters, 'cluster')}. The estimate speaks of {target}."), stacklevel=caller_depth())
+    for arm, mask in weights.weighted_arms.items():
+        w = weights.in_order[mask & (weights.reason == "")]
+        share = w.max() / w.sum()
+        if share > max(_LEAN, _TIMES_EQUAL / len(w)):
+            remedy = "a larger lam, " if "lam" in weights.params else ""
+            warnings.warn(OverlapWarning(
+                f"A single unit carries {share:.0%} of the weight of the {arm}; the effective sample size of these {len(w):,} units is "
+                f"{ess(w):,.1f}. Look at balance(), and consider {remedy}fewer covariates or an upper bound."), stacklevel=caller_depth())
 
 # %% ../nbs/08_weights.ipynb #caf0e1cb
-def _control_residuals(study: Study, rows: np.ndarray, outcome_model: str) -> np.ndarray:
-    "y − m̂ for the control units at `rows`, which are sorted by cluster."
-    y, x = study.outcome[rows], study.x[rows]
+def _arm_residuals(study: Study, y: np.ndarray, rows: np.ndarray, outcome_model: str) -> np.ndarray:
+    "y − m̂ for the units of one arm at `rows`, which are sorted by cluster."
+    x = study.x[rows]
     if outcome_model == "none":
-        return left_out_residuals(x[:, :0], y)
+        return left_out_residuals(x[:, :0], y[rows])
     if outcome_model == "covariates":
-        return left_out_residuals(x, y)
+        return left_out_residuals(x, y[rows])
     sizes = np.unique(study.cluster[rows], return_counts=True)[1]
-    return left_out_residuals(x, y, np.r_[0, np.cumsum(sizes)])
+    return left_out_residuals(x, y[rows], np.r_[0, np.cumsum(sizes)])
+
+
+def _outcome(study: Study, outcome) -> np.ndarray:
+    "The outcome asked for, in the study's order: the first, one by name, or values in the caller's row order."
+    if outcome is None:
+        if study.outcome is None:
+            raise InputError("The study has no outcome: give outcome=… when making the Study, or to estimate().")
+        return study.outcome
+    if isinstance(outcome, Hashable) and outcome in study.outcomes:
+        return study.outcomes[outcome]
+    if isinstance(outcome, str):
+        raise InputError(f"The study has no outcome {outcome!r}." + nearest(outcome, study.outcomes))
+    values = study.from_rows(np.asarray(outcome, dtype=float))
+    wanted = values[study.treat] if study.level == "survey" else values
+    if not np.isfinite(wanted).all():
+        raise InputError(f"The outcome has {(~np.isfinite(wanted)).sum()} missing or infinite values.")
+    return values
+
+
+def model_residuals(weights: Weights, y: np.ndarray) -> np.ndarray:
+    "(n,) y − m̂ for kept units, m̂ fitted in each arm with what the method conditions on; 0 elsewhere. y : (n,) in the study's order."
+    study, residuals = weights.study, np.zeros(weights.study.n)
+    for mask in (study.treat,) if study.level == "survey" else (study.treat, ~study.treat):
+        rows = np.flatnonzero(mask & (weights.reason == ""))
+        residuals[rows] = _arm_residuals(study, y, rows, METHODS[weights.method].outcome_model)
+    return residuals
 
 
 @patch
-def estimate(self: Weights) -> Estimate:
-    "The ATT with its residualised standard error. Raises `InputError` if the study has no outcome."
-    study = self.study
-    if study.outcome is None:
-        raise InputError("The study has no outcome: give outcome=… when making the Study.")
-    kept, residuals = self.reason == "", np.zeros(study.n)
-    controls, treated = np.flatnonzero(kept & ~study.treat), kept & study.treat
-    residuals[controls] = _control_residuals(study, controls, METHODS[self.method].outcome_model)
-    residuals[treated] = study.outcome[treated] - study.outcome[treated].mean()
-    return contrast(study.outcome, study.treat, self.in_order, residuals, self.estimand)
+def estimate(self: Weights, outcome=None, by=None) -> Estimate | pd.DataFrame:
+    """The effect with its residualised standard error.
+
+    outcome : the name of one of the study's outcomes, or values in the caller's row order; default: the first outcome.
+    by : values in the caller's row order that define subgroups. Returns a data frame then, one `tidy()` row per subgroup, with the
+    units and the largest |SMD| in it: weights balance the sample, and a subgroup only as far as that column says.
+    Raises `InputError` if there is no outcome, `EstimationError` if an arm has fewer than two units with weight."""
+    study, y = self.study, _outcome(self.study, outcome)
+    residuals = model_residuals(self, y)
+    if study.level == "survey":
+        if by is not None:
+            raise InputError("by= compares arms within subgroups; a survey has one arm.")
+        scale = study.n * study.weight_scale if study.totals is None else study.totals[1]
+        return weighted_mean(y[study.treat], self.in_order[study.treat], residuals[study.treat], self.estimand,
+                             scale=scale if self.estimand == "total" else 1.0)
+    if by is None:
+        return contrast(y, study.treat, self.in_order, residuals, self.estimand)
+    return _by_group(self, y, residuals, study.from_rows(np.asarray(by)))
+
+
+def _by_group(weights: Weights, y: np.ndarray, residuals: np.ndarray, groups: np.ndarray) -> pd.DataFrame:
+    "One row per subgroup."
+    study, rows = weights.study, []
+    for group in pd.unique(pd.Series(groups).dropna()):
+        mine = groups == group
+        w, centred = np.where(mine, weights.in_order, 0.0), residuals.copy()
+        for mask in (study.treat, ~study.treat):            # a subgroup has its own mean, which the model does not know
+            if w[mask].sum() > 0:
+                centred[mask] -= np.average(residuals[mask], weights=w[mask])
+        smd = standardized_differences(study.x, study.treat, np.array([0, study.n]), mine * study.sampling_weights, w)[1]
+        row = contrast(y, study.treat, w, centred, weights.estimand).tidy()
+        rows.append(row.assign(group=group, units=int((w > 0).sum()), largest_smd=pd.Series(np.abs(smd[0])).max()))
+    return pd.concat(rows, ignore_index=True).sort_values("group", key=lambda v: v.map(str), ignore_index=True)
 
 # %% ../nbs/08_weights.ipynb #21494839
+def _value(option) -> str:
+    if isinstance(option, dict):
+        return ", ".join(f"{v:.4g} for {name}" for name, v in option.items())
+    return f"{option:.4g}" if isinstance(option, float) else repr(option) if isinstance(option, (str, int, bool, tuple, type(None))) else "given"
+
+
 @patch
 def summary(self: Weights) -> Table:
     "What was done, for whom, how the weights look, what they balance, and how the solver fared."
-    kept, balanced, controls = self.reason == "", self.balance(), self.in_order[~self.study.treat]
-    options = ", ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v!r}" for k, v in self.params.items())
-    facts = {
-        "method": f"{METHODS[self.method].label} ({options})" if options else METHODS[self.method].label,
-        "estimand": f"{self.estimand}: effect on {self.target}",
-        "controls": f"{(kept & ~self.study.treat).sum():,} kept of {len(controls):,}, {(controls > 0).sum():,} with weight",
-        "weights of controls": f"sum {controls.sum():,.6g}, largest {controls.max():.3g} ({controls.max() / controls.sum():.1%} of the sum)",
-        "effective sample size": f"{self.ess['controls']:,.0f} controls",
-        "largest global |SMD|": f"{np.nanmax(np.abs(balanced.table['SMD, weighted'])):.2g}",
-        "L2 global": "{before:.3f} before, {after:.3f} after".format(**balanced.l2.loc["global"]),
-        "L2 local": "{before:.3f} before, {after:.3f} after".format(**balanced.l2.loc["local"]),
-        "solver": self.solution or self.status,
-    }
+    kept, balanced = self.reason == "", self.balance()
+    options = ", ".join(f"{k}={_value(v)}" for k, v in self.params.items() if k != "estimand" and not (k == "target" and v is None))
+    facts = {"method": f"{METHODS[self.method].label} ({options})" if options else METHODS[self.method].label,
+             "estimand": f"{self.estimand}: " + ("of " if self.study.level == "survey" else "effect on ") + f"{self.target}"}
+    for arm, mask in self.weighted_arms.items():
+        w = self.in_order[mask]
+        facts |= {arm: f"{(kept & mask).sum():,} kept of {len(w):,}, {(w > 0).sum():,} with weight",
+                  f"weights of {arm}": f"sum {w.sum():,.6g}, largest {w.max():.3g} ({w.max() / w.sum():.1%} of the sum)",
+                  f"effective {arm}": f"{self.ess[arm]:,.0f}"}
+    facts |= {"largest global |SMD|": f"{balanced.table['SMD, weighted'].abs().max():.2g}",
+              **{f"L2 {kind}": "{before:.3f} before, {after:.3f} after".format(**row) if np.isfinite(row["after"]) else
+                 "not defined: no cluster has two units in each arm" for kind, row in balanced.l2.iterrows()},
+              "solver": str(self.solution or self.status)}
     return Table(pd.DataFrame({"": facts}), title="Weights")
 
 
@@ -267,29 +507,97 @@ def _repr_html_(self: Weights) -> str:
 
 # %% ../nbs/08_weights.ipynb #a8c777e0
 @method("unadjusted", "Unadjusted", outcome_model="none")
-def unadjusted_weights(study: Study) -> Weights:
-    "Equal weights for all controls, adding up to the number of treated units: the plain difference of means."
-    weights = np.where(study.treat, 1.0, study.treat.sum() / (~study.treat).sum())
-    return Weights(study, "unadjusted", {}, weights, np.full(study.n, "", dtype=object))
+def unadjusted_weights(study: Study, *, estimand: str | None = None, cluster_weight: str = "units") -> Weights:
+    """No adjustment: each unit keeps its sampling weight, scaled to the target's total. The plain difference of means (survey: the mean).
+
+    estimand : "ATT" (default), "ATC" or "ATE"; in a survey "mean" (default) or "total" (they differ in scale and in `cluster_weight`). cluster_weight : "units" or "clusters", whether each
+    target unit or each cluster counts the same."""
+    return weigh(study, "unadjusted", lambda arm: arm.base * arm.target_total.sum() / arm.base.sum(),
+                 {"estimand": estimand, "cluster_weight": cluster_weight}, within=False)
 
 # %% ../nbs/08_weights.ipynb #a18a51ee
-def resolve_lam(study: Study, rows: np.ndarray, lam: float | str) -> float:
-    """The number that `lam` stands for. "auto": 1 − R² of the outcome on the covariates among the units at `rows`.
+def resolve_lam(study: Study, estimand: str, lam, *, within: bool) -> dict[str, float]:
+    """The number that `lam` stands for in each weighted arm. "auto": 1 − R² of the outcome on the covariates among the arm's units.
 
-    Raises `InputError` for anything but "auto" or a positive finite number, and where "auto" has nothing to go by."""
-    if isinstance(lam, Real) and not isinstance(lam, bool) and np.isfinite(lam) and lam > 0:
-        return float(lam)
-    if lam != "auto":
+    lam : a positive number for all arms, "auto", or a number by arm. Raises `InputError` for anything else, and where "auto" has nothing
+    to go by."""
+    names = list(WEIGHTED_ARMS[estimand])
+    if isinstance(lam, Mapping):
+        if set(lam) != set(names):
+            raise InputError(f"lam has values for {listed(lam)}, but the weighted arms are {listed(names)}.")
+        return {name: resolve_lam(study, estimand, lam[name], within=within)[name] for name in names}
+    if isinstance(lam, Real) and not isinstance(lam, (bool, np.bool_)) and np.isfinite(lam) and lam > 0:
+        return dict.fromkeys(names, float(lam))
+    if not (isinstance(lam, str) and lam == "auto"):
         raise InputError(f"lam={lam!r} must be a positive number or 'auto'. Small values favour balance, large ones even weights.")
     if study.outcome is None:
         raise InputError("lam='auto' reads the outcome, and the study has none. Give a number: 1.0 is a common start.")
-    y = study.outcome[rows] - study.outcome[rows].mean()
-    x = study.x[rows] - study.x[rows].mean(axis=0)
+    kept = _left_out(study) == "" if within else np.ones(study.n, dtype=bool)
+    return {name: _unexplained(study, np.flatnonzero(kept & group_mask(study, name))) for name in names}
+
+
+def _unexplained(study: Study, rows: np.ndarray) -> float:
+    "1 − R² of the outcome on the covariates among the units at `rows`, weighted by sampling weights."
+    s = study.sampling_weights[rows]
+    y = study.outcome[rows] - np.average(study.outcome[rows], weights=s)
+    x = study.x[rows] - np.average(study.x[rows], weights=s, axis=0)
     spread = x.std(axis=0)
-    x = x / np.where(spread > 0, spread, 1.0)
-    residual = y - x @ np.linalg.lstsq(x, y, rcond=None)[0]
-    lam = float(residual @ residual / (y @ y)) if y.any() else 0.0
+    x, root = x / np.where(spread > 0, spread, 1.0), np.sqrt(s)
+    residual = root * y - (root[:, None] * x) @ np.linalg.lstsq(root[:, None] * x, root * y, rcond=None)[0]
+    variation = float((s * y**2).sum())
+    lam = float(residual @ residual) / variation if variation > 0 else 0.0
     if not lam > 1e-8:
-        raise InputError("lam='auto' finds no residual variance: the outcome is constant, or the covariates predict it perfectly among "
+        raise EstimationError("lam='auto' finds no residual variance: the outcome is constant, or the covariates predict it perfectly among "
                          f"the {len(rows):,} units to be weighted. Give a number.")
     return lam
+
+# %% ../nbs/08_weights.ipynb #1005e2dc
+@dataclass(frozen=True, eq=False)
+class Feasibility:
+    """What can be balanced, before any weights. clusters : one row per cluster. tolerance : the smallest tolerance on global balance, in
+    standard deviations, if units stand for their own cluster only (0: exact balance is possible); one number for each weighted arm.
+    conflicts : the covariates in conflict, by arm. notes : what it means."""
+    clusters: pd.DataFrame
+    tolerance: dict[str, float]
+    conflicts: dict[str, list[str]]
+    notes: list[str]
+
+    def __str__(self) -> str:
+        shown = self.clusters.sort_values("reachable").head(8) if "reachable" in self.clusters else self.clusters.head(8)
+        return str(Table(shown, title=f"Feasibility ({len(self.clusters):,} clusters; the {len(shown)} hardest)", notes=self.notes,
+                         formats={"reachable": ".0f"}))
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str: return "".join(f"<p>{html.escape(line)}</p>" for line in self.notes) + Table(self.clusters.head(8))._repr_html_()
+
+
+def feasibility(study: Study, estimand: str = "ATT") -> Feasibility:
+    """What can be balanced, cluster by cluster and overall, without looking at the outcome.
+
+    estimand : "ATT" or "ATC" (the effect on everybody asks for both). In the table, `use` says what a method that compares within clusters does with
+    a cluster, `reachable` how many of the d covariates could be balanced there, each by itself. Methods that ignore clusters use all of them.
+    Raises `EstimationError` if no cluster has both arms."""
+    if estimand not in ("ATT", "ATC"):
+        raise InputError(f"estimand={estimand!r} must be 'ATT' or 'ATC' here." + nearest(estimand, ["ATT", "ATC"]))
+    [arm], _, reason = arms(study, estimand, within=True)
+    n1, n0 = study.n_treated, study.n_controls
+    frame = pd.DataFrame({"treated": n1, "controls": n0, "use": "both arms compared"}, index=pd.Index(list(study.labels), tupleize_cols=False))
+    lost, idle = (n0 == 0, n1 == 0) if estimand == "ATT" else (n1 == 0, n0 == 0)
+    frame.loc[lost, "use"], frame.loc[idle, "use"] = "target lost: nobody to compare with", "no target: gets weight 0"
+    low, high = (pick.reduceat(arm.x, arm.starts[:-1], axis=0) for pick in (np.minimum, np.maximum))
+    slack = 1e-12 * np.maximum(np.abs(low), np.abs(high))
+    frame.loc[~(lost | idle), "reachable"] = ((low - slack <= arm.target_mean) & (arm.target_mean <= high + slack)).sum(axis=1).astype(float)
+    whole = np.array([0, len(arm.rows)])
+    problem = Problem(BlockSums(np.zeros((len(arm.rows), 1)), whole, np.ones(1)), np.zeros((1, 1)), np.ones(len(arm.rows)),
+                      (exact_means(arm.x, arm.target_mean, arm.target_total, names=arm.names, spread=arm.spread), exact_totals(arm.starts, arm.target_total)))
+    found = closest(problem)
+    tolerance, conflicts = (0.0, []) if found.distance <= 1e-7 else (found.distance, found.names)
+    notes = [f"{(~(lost | idle)).sum():,} of {len(frame):,} clusters have both arms."]
+    if lost.any():
+        notes.append(f"Within clusters, {(n1 if estimand == 'ATT' else n0)[lost].sum():,} target units in {counted(int(lost.sum()), 'cluster')} are lost.")
+    notes.append("Exact global balance is possible within clusters." if not conflicts else
+                 f"Exact global balance is impossible within clusters, because of {listed(conflicts)}; the smallest tolerance is {tolerance:.2g} standard deviations.")
+    if study.constant_within:
+        notes.append(f"{listed(study.constant_within)} do not vary within clusters: balanced by themselves where clusters are compared within, "
+                     "ordinary covariates where they are not.")
+    return Feasibility(frame, {arm.name: tolerance}, {arm.name: conflicts}, notes)

@@ -70,8 +70,8 @@ def called_names(source):
 
 
 def holds_assertion(source):
-    "`assert`, fastcore's `test_...`, numpy's `assert_...`, our `expect_error`, `pytest.raises` and `pytest.warns`."
-    return any(re.match(r"assert_|test_|(assert|expect_error|raises|warns)$", name) for name in called_names(source))
+    "`assert`, fastcore's `test_...`, numpy's `assert_...`, our `expect_error` and `expect_warning`, `pytest.raises` and `pytest.warns`."
+    return any(re.match(r"assert_|test_|(assert|expect_error|expect_warning|raises|warns)$", name) for name in called_names(source))
 
 
 def bound_names(source):

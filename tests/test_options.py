@@ -7,12 +7,19 @@ import pytest
 import clusterweights as cw
 from clusterweights.weights import METHODS
 
-# For each option, another value and what it must change.
+# For each option, another value and what it must change by more than rounding.
 OTHER = {
     "lam": (5.0, lambda w: w.weights),
+    "estimand": ("ATC", lambda w: w.weights),
+    "tolerance": (0.02, lambda w: w.weights),
+    "bounds": ((0.1, np.inf), lambda w: w.weights),
+    "max_share": ({"balancing": 0.012, "hierarchical": 0.3}, lambda w: w.weights),
+    "cluster_weight": ("clusters", lambda w: w.weights),
+    "target": (lambda frame: frame[::2], lambda w: w.weights),
     "standardize": (False, lambda w: w.weights),
-    "solver": ("osqp", lambda w: w.solution.solver),
+    "solver": ("osqp", lambda w: w.solution.solver == "osqp"),
 }
+TOGETHER_WITH = {"target": {"estimand": "ATE"}}
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +41,10 @@ def study(frame, **changes):
 @pytest.mark.parametrize("name, option", [(n, o) for n, m in METHODS.items() for o in m.options])
 def test_every_option_changes_the_result(frame, name, option):
     value, effect = OTHER[option]
-    method = METHODS[name].function
-    assert np.any(effect(method(study(frame), **{option: value})) != effect(method(study(frame))))
+    method, others = METHODS[name].function, TOGETHER_WITH.get(option, {})
+    value = value[name] if isinstance(value, dict) else value(frame) if callable(value) else value
+    before, after = effect(method(study(frame), **others)), effect(method(study(frame), **(others | {option: value})))
+    assert np.max(np.abs(np.subtract(after, before, dtype=float))) > 1e-6
 
 
 @pytest.mark.parametrize("name", METHODS)

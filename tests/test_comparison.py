@@ -1,0 +1,284 @@
+"""The comparison's figures and sentences, the command and the shipped data."""
+
+import pickle
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from helpers import PUPILS, residuals_by_refitting, schools
+from matplotlib.figure import Figure
+from numpy.testing import assert_allclose
+
+import clusterweights as cw
+from clusterweights import InputError, Study, cli, core
+from clusterweights.comparison import Comparison, difference
+from clusterweights.datasets import late_entry_study, load_hsb, load_late_entry, load_star
+
+FRAME = schools(seed=2)
+
+
+def study(frame=FRAME, **changes):
+    return Study(frame, **({"treat": "late", "outcome": "score", "cluster": "school", "covs": ["age", "income"]} | changes))
+
+
+def too_old():
+    "Late pupils whom no weights of others can match in age; within schools not even nearly."
+    frame = load_late_entry()
+    age = np.where(frame["late"] == 1, 8.0, 5.0 + frame["school"] % 5)
+    return Study(frame.assign(age=age), treat="late", outcome="math", cluster="school", covs=["female", "age"])
+
+
+def by_hand(method, in_order, left_out=()):
+    "Weights of a method, made up."
+    reason = np.full(len(FRAME), "", dtype=object)
+    reason[list(left_out)] = "no controls in cluster"
+    return cw.Weights(study(), method, "ATT", {}, np.where(reason == "", in_order, 0.0), reason, {})
+
+
+def comparison(weights, errors=None, l2_local=None):
+    "A comparison of made-up weights, with made-up local imbalance if given."
+    weights = {w.method: w for w in weights}
+    balances = {name: w.balance() for name, w in weights.items()}
+    rows = {}
+    for name, w in weights.items():
+        e, low_high = w.estimate(), w.estimate().conf_int()
+        rows[name] = {"label": name, "estimate": e.estimate, "std_error": e.std_error, "conf_low": low_high[0], "conf_high": low_high[1],
+                      "l2_local": balances[name].l2.loc["local", "after"], "units": w.target.units, "clusters": w.target.clusters}
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    if l2_local is not None:
+        table["l2_local"] = l2_local
+    return Comparison(study(), table, weights, balances, errors or {}, 0.95, "ATT")
+
+
+def favouring(values, strength):
+    "Weights that favour controls with large values, with a total of the treated."
+    late = FRAME["late"].to_numpy() == 1
+    w = np.exp(strength * np.asarray(values))
+    return np.where(late, 1.0, w * late.sum() / w[~late].sum())
+
+
+# --- figures ------------------------------------------------------------------------------------------------------
+
+
+def test_level_columns_and_picture():
+    late = late_entry_study()
+    c = cw.compare(late, ["unadjusted"], level=0.9)
+    row = c.table.loc["unadjusted"]
+    assert row["conf_high"] - row["conf_low"] == pytest.approx(2 * 1.6448536269514722 * row["std_error"], rel=1e-12)
+    assert "90% low" in str(c)
+    assert "90% interval" in c.reading()
+    [bar] = c.plot(Figure().subplots()).collections
+    assert_allclose(bar.get_segments()[0][:, 0], [row["conf_low"], row["conf_high"]])
+
+
+def test_the_table_is_that_of_each_method_alone():
+    c = cw.compare(study(), lam=0.7)
+    assert list(c.table.index) == ["unadjusted", "balancing", "hierarchical"]
+    for name, w in {"unadjusted": cw.unadjusted_weights(study()), "balancing": cw.balancing_weights(study()),
+                    "hierarchical": cw.hierarchical_weights(study(), lam=0.7)}.items():
+        row, e, l2 = c.table.loc[name], w.estimate(), w.balance().l2
+        expected = [e.estimate, e.std_error, w.ess["treated"], w.ess["controls"], *l2["after"], *l2["reduction"]]
+        columns = ["estimate", "std_error", "ess_treated", "ess_controls", "l2_global", "l2_local", "global_reduction", "local_reduction"]
+        assert_allclose(row[columns].astype(float), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_global_imbalance_by_hand():
+    late = late_entry_study()
+    differences = []
+    for j in range(late.x.shape[1]):
+        a, b = late.x[late.treat, j], late.x[~late.treat, j]
+        differences.append((a.mean() - b.mean()) / np.sqrt((a.var(ddof=1) + b.var(ddof=1)) / 2))
+    row = cw.compare(late, ["unadjusted"]).table.loc["unadjusted"]
+    assert row["l2_global"] == pytest.approx(np.sqrt(np.mean(np.square(differences))), rel=1e-10)
+
+
+@pytest.mark.parametrize("cluster", [True, False])
+def test_the_error_of_a_difference_is_a_sum_over_units(cluster):
+    first = by_hand("unadjusted", favouring(FRAME["age"], 0.2))
+    second = by_hand("hierarchical" if cluster else "balancing", favouring(FRAME["income"], 0.9))
+    late, y, residuals = FRAME["late"] == 1, FRAME["score"], residuals_by_refitting(FRAME, cluster=cluster)
+    change, variance = 0.0, 0.0
+    for i in FRAME.index:
+        same = late == late[i]
+        share = second.weights[i] / second.weights[same].sum() - first.weights[i] / first.weights[same].sum()
+        change += (share if late[i] else -share) * y[i]
+        variance += share**2 * residuals[i] ** 2
+    assert_allclose(difference(first, second), [change, np.sqrt(variance)], rtol=1e-8)
+    assert change == pytest.approx(second.estimate().estimate - first.estimate().estimate)
+
+
+def test_a_comparison_can_be_pickled():
+    c = cw.compare(study())
+    twin = pickle.loads(pickle.dumps(c))
+    pd.testing.assert_frame_equal(twin.table, c.table)
+    assert twin.reading() == c.reading()
+
+
+# --- refusals and failures ----------------------------------------------------------------------------------------
+
+
+def test_compare_refuses():
+    with pytest.raises(InputError, match="takes a Study, not DataFrame"):
+        cw.compare(PUPILS)
+    with pytest.raises(InputError, match="has no outcome"):
+        cw.compare(study(outcome=None))
+    with pytest.raises(InputError, match="must be a list of names"):
+        cw.compare(study(), "balancing")
+    with pytest.raises(InputError, match="Unknown method 'balance'. Did you mean 'balancing'"):
+        cw.compare(study(), ["balance"])
+    with pytest.raises(InputError, match="has an option 'lamm'. Did you mean 'lam'"):
+        cw.compare(study(), lamm=1.0)
+    with pytest.raises(InputError, match="must be a positive number"):
+        cw.compare(study(), lam=-1.0)
+
+
+def test_options_reach_the_methods_that_have_them():
+    c = cw.compare(study(), ["unadjusted", "hierarchical"], lam=7.0, estimand="ATC")
+    assert c.weights["hierarchical"].params["lam"] == 7.0
+    assert {w.estimand for w in c.weights.values()} == {"ATC"}
+    assert c.estimand == "ATC"
+
+
+def test_an_infeasible_method_stays_with_its_reason():
+    c = cw.compare(too_old(), ["hierarchical", "unadjusted"])
+    assert list(c.table["status"]) == ["infeasible", "closed form"]
+    assert np.isnan(c.table.loc["hierarchical", "estimate"])
+    assert isinstance(c.errors["hierarchical"], cw.InfeasibleError)
+    assert list(c.weights) == ["unadjusted"]
+    assert any("impossible" in note for note in c.summary().notes)
+    assert "Hierarchical balancing gave no estimate" in c.reading()
+
+
+def test_a_method_without_certified_answer_stays_with_its_reason(monkeypatch):
+    monkeypatch.setitem(core.TOLERANCES, "gap", -1.0)
+    c = cw.compare(study(), ["unadjusted", "balancing"])
+    assert list(c.table["status"]) == ["closed form", "no certified answer"]
+    assert isinstance(c.errors["balancing"], cw.SolverError)
+
+
+def test_a_method_that_cannot_estimate_stays_with_its_reason():
+    exact = study(FRAME.assign(score=2 * FRAME["age"]))
+    c = cw.compare(exact, ["unadjusted", "hierarchical"])
+    assert list(c.table["status"]) == ["closed form", "not estimable"]
+    assert "predict it perfectly" in c.reading()
+
+
+def test_a_comparison_in_which_all_fails_still_prints():
+    c = cw.compare(too_old(), ["hierarchical"])
+    assert "gave no estimate" in str(c)
+    assert c.plot(Figure().subplots()) is not None
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+
+
+def made_up(strength, by=FRAME["score"]):
+    "Balancing weights that favour nobody, and hierarchical weights that favour controls with large values."
+    return by_hand("balancing", favouring(by, 0.0)), by_hand("hierarchical", favouring(by, strength))
+
+
+@pytest.mark.parametrize("strength, by, more", [(0.5, FRAME["score"], True), (-0.5, FRAME["score"], True),
+                                                (0.5, np.arange(len(FRAME)) % 2, False)], ids=["up", "down", "by the way"])
+def test_the_change_is_judged_by_its_own_error(strength, by, more):
+    weights = made_up(strength, by)
+    change, error = difference(*weights)
+    assert (abs(change) > 1.96 * error) == more
+    reading = comparison(weights).reading()
+    assert (": more than chance would, so clusters differ" in reading) == more
+    assert (": no more than chance would, so these data do not show" in reading) != more
+    assert f"moves the estimate by {'+' if change > 0 else '-'}" in reading
+
+
+def test_a_change_is_not_told_where_targets_differ():
+    balancing, _ = made_up(0.0)
+    narrower = by_hand("hierarchical", favouring(FRAME["score"], 0.5), left_out=range(12))
+    reading = comparison([balancing, narrower]).reading()
+    assert "within clusters instead of across" not in reading
+    assert "chance" not in reading
+    assert "smallest" not in reading
+    assert "Hierarchical balancing speaks only of 16 of 20 treated units" in reading
+
+
+def test_a_change_needs_both_methods():
+    _, hierarchical = made_up(0.5)
+    assert "chance" not in comparison([by_hand("unadjusted", np.ones(len(FRAME))), hierarchical]).reading()
+
+
+def test_smallest_needs_two_methods():
+    balancing, hierarchical = made_up(0.1)
+    assert "smallest" not in comparison([hierarchical]).reading()
+    assert "smallest with Hierarchical balancing (0.200)." in comparison([balancing, hierarchical], l2_local=[0.3, 0.2]).reading()
+    unadjusted = by_hand("unadjusted", np.ones(len(FRAME)))
+    reading = comparison([unadjusted, balancing, hierarchical], l2_local=[0.5, 0.3, 0.2]).reading()
+    assert "smallest with Hierarchical balancing (0.200, against 0.500 unadjusted)." in reading
+
+
+def test_undefined_local_imbalance_is_said():
+    assert "Local imbalance is not defined" in comparison(made_up(0.1), l2_local=np.nan).reading()
+
+
+@pytest.mark.parametrize("smd, named", [(0.11, True), (-0.11, True), (0.09, False), (-0.09, False)])
+def test_global_differences_are_named_whatever_their_sign(smd, named):
+    c = comparison(made_up(0.1))
+    left = pd.DataFrame({"SMD, weighted": [0.0, smd]}, index=["age", "income"])
+    c = Comparison(c.study, c.table, c.weights, dict.fromkeys(c.balances, SimpleNamespace(table=left)), {}, 0.95, "ATT")
+    assert ("Hierarchical balancing: global differences above 0.1 standard deviations remain in 'income'." in c.reading()) == named
+    assert "'age'" not in c.reading()
+
+
+def test_html_is_escaped():
+    c = cw.compare(study(FRAME.rename(columns={"score": "<b>score"}), outcome="<b>score"), ["unadjusted"])
+    assert "<b>" not in c._repr_html_()
+
+
+# --- command ------------------------------------------------------------------------------------------------------
+
+
+def test_the_demo_prints_what_the_methods_say(capsys):
+    assert cli.main(["demo"]) == 0
+    out, err = capsys.readouterr()
+    expected = cw.compare(late_entry_study(), lam=1.0)
+    for name in expected.table.index:
+        assert f"{expected.table.loc[name, 'estimate']:.3f}" in out
+        assert f" {expected.table.loc[name, 'ess_controls']:,.0f} " in out
+    assert " 712 " in out
+    assert err == ""
+
+
+def test_a_failure_exits_with_1_and_says_why(monkeypatch, capsys):
+    def fail():
+        raise InputError("no luck")
+    monkeypatch.setattr(cli, "demo", fail)
+    assert cli.main(["demo"]) == 1
+    assert capsys.readouterr() == ("", "InputError: no luck\n")
+
+
+def test_wrong_usage_exits_with_2(capsys):
+    with pytest.raises(SystemExit) as e:
+        cli.main(["dmo"])
+    assert e.value.code == 2
+
+
+# --- data ---------------------------------------------------------------------------------------------------------
+
+
+def test_late_entry_is_what_its_description_says():
+    late, star = load_late_entry(), load_star()
+    star = star[star[["star1", "math1", "lunch1", "ethnicity", "gender", "schoolid1"]].notna().all(axis=1)]
+    star = star[star["birth"].isin(["1979 Q4", "1980 Q1", "1980 Q2", "1980 Q3"])]
+    counts = {column: star[column].value_counts() for column in ("gender", "ethnicity", "lunch1", "star1")}
+    assert (len(late), late["late"].sum(), late["school"].nunique()) == (5185, 1142, 76)
+    assert late["female"].sum() == counts["gender"]["female"]
+    assert late["nonwhite"].sum() == len(star) - counts["ethnicity"]["cauc"]
+    assert late["free_lunch"].sum() == counts["lunch1"]["free"]
+    assert late["small_class"].sum() == counts["star1"]["small"]
+    assert late["aide_class"].sum() == counts["star1"]["regular+aide"]
+    assert sorted(late["born"].unique()) == [1979.75, 1980.0, 1980.25, 1980.5]
+    assert_allclose([late["math"].mean(), late["math"].std()], [0, 1], atol=1e-12)
+
+
+def test_the_sizes_of_the_shipped_data():
+    hsb = load_hsb()
+    assert len(load_star()) == 11598
+    assert len(hsb) == 7185
