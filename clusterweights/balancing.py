@@ -9,12 +9,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .qp import BlockSums, Problem, Solution, block_bounds, centred, exact_means, exact_totals, solve, with_tolerance
+from .core import InputError
+from .qp import BlockSums, Constraint, Problem, Solution, block_bounds, centred, exact_means, exact_totals, solve, with_tolerance
 from .study import Study
-from .weights import Weights, method, weigh
+from .weights import Weights, arms, method, weigh
 
 # %% auto #0
-__all__ = ['solve_balancing', 'balancing_weights']
+__all__ = ['solve_balancing', 'balancing_weights', 'solve_overlap']
 
 # %% ../nbs/10_balancing.ipynb #2e1b1bef
 def solve_balancing(x: np.ndarray, target_mean: np.ndarray, target_total: float, *, base: np.ndarray | None = None, tolerance: float | str = 0.0,
@@ -34,12 +35,12 @@ def solve_balancing(x: np.ndarray, target_mean: np.ndarray, target_total: float,
     return solve(with_tolerance(problem, tolerance), solver)
 
 # %% ../nbs/10_balancing.ipynb #d6bc3be5
-@method("balancing", "Balancing, no clusters", outcome_model="covariates")
+@method("balancing", "Balancing, no clusters", outcome_model="covariates", estimands=("ATT", "ATC", "ATE", "ATO"))
 def balancing_weights(study: Study, *, estimand: str | None = None, target=None, tolerance: float | str = 0.0, bounds: tuple[float, float] = (0, np.inf),
                       max_share: float | None = None, cluster_weight: str = "units", solver: str = "auto") -> Weights:
     """Units weighted to the covariate means of their target, clusters ignored.
 
-    estimand : "ATT" (controls to treated, default), "ATC" (treated to controls) or "ATE" (both to all); in a survey "mean" (default) or
+    estimand : "ATT" (controls to treated, default), "ATC" (treated to controls), "ATE" (both to all) or "ATO" (both to each other); in a survey "mean" (default) or
     "total" (respondents to the full sample, or to its totals). target : another population for the ATE: a data frame with the covariates, or a
     mapping from the names of all covariate columns to their means. tolerance : how many standard deviations a
     mean may miss its target by; "auto" is the smallest feasible, 0 (default) exact. bounds : of each weight. max_share : the largest share of
@@ -52,4 +53,40 @@ def balancing_weights(study: Study, *, estimand: str | None = None, target=None,
                                max_share=max_share, spread=arm.spread, names=arm.names, solver=solver)
     params = {"estimand": estimand, "target": target, "tolerance": tolerance, "bounds": bounds, "max_share": max_share, "cluster_weight": cluster_weight,
               "solver": solver}
+    if estimand == "ATO":
+        return _overlap_weights(study, params)
     return weigh(study, "balancing", one_arm, params, within=False)
+
+# %% ../nbs/10_balancing.ipynb #f3c1dfcf
+def solve_overlap(x_control: np.ndarray, x_treated: np.ndarray, *, base_control: np.ndarray | None = None, base_treated: np.ndarray | None = None,
+                  tolerance: float | str = 0.0, bounds: tuple[float, float] = (0, np.inf), max_share: float | None = None,
+                  spread: np.ndarray | None = None, names: Sequence[str] | None = None, solver: str = "auto") -> Solution:
+    """The least variable weights of two arms under which their means are equal; the controls' weights come first in the solution.
+
+    x_control : (n0, d), x_treated : (n1, d). base_… : sampling weights (default 1); each arm's weights add up to the sum of its own. tolerance,
+    bounds, max_share (of the arm's total), spread, names, solver : as for `solve_balancing`.
+    Source: the two-arm problem of Ben-Michael, Page & Keele (2024), Eq. 14, with exact balance and without clusters."""
+    base = np.concatenate([np.ones(len(x)) if b is None else b for x, b in ((x_control, base_control), (x_treated, base_treated))])
+    n0, n = len(x_control), len(x_control) + len(x_treated)
+    starts, x = np.array([0, n0, n]), np.concatenate([x_control, x_treated])
+    spread = x.std(axis=0) if spread is None else spread
+    totals, arm = np.array([base[:n0].sum(), base[n0:].sum()]), np.repeat([0, 1], [n0, n - n0])
+    signed = centred(x, x.mean(axis=0)) * (np.array([-1.0, 1.0]) / totals)[arm][:, None]
+    lower, upper = block_bounds(bounds, max_share, starts, totals)
+    equal = Constraint(BlockSums(signed, np.array([0, n]), np.ones(1)), np.zeros((1, x.shape[1])), "balance of the two arms",
+                       names if names is not None else range(x.shape[1]), unit=np.where(spread > 0, spread, 1.0)[None])
+    problem = Problem(BlockSums(np.zeros((n, 1)), np.array([0, n]), np.ones(1)), np.zeros((1, 1)), 1 / (totals[arm] ** 2 * base),
+                      (equal, exact_totals(starts, totals, ["controls", "treated"])), lower, upper)
+    return solve(with_tolerance(problem, tolerance), solver)
+
+
+def _overlap_weights(study: Study, params: dict) -> Weights:
+    "Weights of both arms to each other, from a study."
+    if params["target"] is not None or params["cluster_weight"] != "units":
+        raise InputError("The overlap population has no target of its own: target= and cluster_weight= do not go with estimand='ATO'.")
+    controls, treated = arms(study, "ATO", within=False)[0]
+    solution = solve_overlap(controls.x, treated.x, base_control=controls.base, base_treated=treated.base, spread=controls.spread,
+                             names=controls.names, **{k: params[k] for k in ("tolerance", "bounds", "max_share", "solver")})
+    weights = np.zeros(study.n)
+    weights[np.concatenate([controls.rows, treated.rows])] = solution.weights
+    return Weights(study, "balancing", "ATO", params, weights, np.full(study.n, "", dtype=object), {"both arms": solution})

@@ -19,9 +19,9 @@ __all__ = ['demo', 'main']
 
 # %% ../nbs/21_cli.ipynb #62a02549
 _DEMO = """\
-Some pupils entered Tennessee's STAR schools only in grade 1, without the kindergarten year that the others had. What did late
-entry cost them in mathematics, in standard deviations? Late pupils differ from the others, and the schools they enter differ
-too: the school confounds. Three ways to compare them follow."""
+Some pupils joined Tennessee's STAR schools only in grade 1, not in kindergarten. What did late entry cost them in mathematics, in
+standard deviations? Late pupils differ from the others, and the schools they enter differ too: the school may confound. Three
+ways to compare them follow."""
 
 
 def demo() -> None:

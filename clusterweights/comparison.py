@@ -8,7 +8,7 @@ from __future__ import annotations
 import html
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -24,14 +24,16 @@ from .weights import METHODS, TARGET_NOUNS, WEIGHTED_ARMS, Weights, canonical_es
 # %% auto #0
 __all__ = ['Comparison', 'compare', 'difference']
 
-# %% ../nbs/20_comparison.ipynb #83543d53
+# %% ../nbs/20_comparison.ipynb #140f66e9
 @dataclass(frozen=True, repr=False, eq=False)
 class Comparison:
     """Several methods on one study. table : one row per method. weights, balances : `Weights` and `Balance` by method. errors : what
     failed, and why.
 
     Columns of `table`: label, estimate, std_error, conf_low, conf_high, ess_treated, ess_controls, ess_respondents, l2_global, l2_local (after weighting),
-    global_reduction, local_reduction (percent), units, clusters (target units kept, and their clusters), status."""
+    global_reduction, local_reduction (percent), units, clusters (target units kept, and their clusters), status. level : of the intervals.
+    estimand : what is estimated.
+    ignored : options that change whom an estimate speaks of and that a method does not have."""
     study: Study
     table: pd.DataFrame
     weights: Mapping[str, Weights]
@@ -39,6 +41,7 @@ class Comparison:
     errors: Mapping[str, Exception]
     level: float
     estimand: str
+    ignored: Mapping[str, list[str]] = field(default_factory=dict)
 
     def __str__(self) -> str: return f"{self.summary()}\n\n{textwrap.fill(self.reading(), 110)}"
     __repr__ = __str__
@@ -48,6 +51,7 @@ _COLUMNS = ["label", "estimate", "std_error", "conf_low", "conf_high", "ess_trea
             "local_reduction", "units", "clusters", "status"]
 
 
+_TARGETING = ("target", "cluster_weight")      # options that change whom an estimate speaks of
 _FAILURES = {InfeasibleError: "infeasible", SolverError: "no certified answer", EstimationError: "not estimable"}
 
 
@@ -98,7 +102,8 @@ def compare(study: Study, methods: Sequence[str] = ("unadjusted", "balancing", "
             rows[name] = {"status": _FAILURES[type(error)]}
         rows[name]["label"] = METHODS[name].label
     table = pd.DataFrame.from_dict(rows, orient="index", columns=_COLUMNS)
-    return Comparison(study, table, weights, balances, errors, level, estimand)
+    ignored = {name: [o for o in options if o not in METHODS[name].options and o in _TARGETING] for name in rows}
+    return Comparison(study, table, weights, balances, errors, level, estimand, {name: own for name, own in ignored.items() if own})
 
 # %% ../nbs/20_comparison.ipynb #2a37881e
 @patch
@@ -193,6 +198,7 @@ def _targets(c: Comparison) -> list[str]:
         target = weights.target
         if target.units < target.all_units:
             out.append(f"{METHODS[name].label} speaks only of {target}; its estimate answers a narrower question than one that speaks of all.")
+    out += [f"{METHODS[name].label} does not know {listed(own)} and speaks of the study's own units." for name, own in c.ignored.items()]
     return out + [f"{METHODS[name].label} gave no estimate: {error}" for name, error in c.errors.items()]
 
 

@@ -98,7 +98,7 @@ def counted(k: int, noun: str) -> str:
 
 
 def decimals(size: float, digits: int = 3) -> int:
-    "Decimal places that show `digits` significant digits of a number of that size, at most 12: 3 for 0.0123, 0 for 1234."
+    "Decimal places that show `digits` significant digits of a number of that size, at most 12: 4 for 0.0123, 0 for 1234."
     return int(np.clip(digits - 1 - np.floor(np.log10(abs(size))), 0, 12)) if size and np.isfinite(size) else digits
 
 # %% ../nbs/00_core.ipynb #73c04897
@@ -202,8 +202,9 @@ class Table:
 # %% ../nbs/00_core.ipynb #f977aae1
 def interval_plot(labels: Sequence[str], point, low=None, high=None, *, ax=None, label: str | None = None,
                   filled: bool = True, shift: float = 0.0, reference: float | None = 0.0):
-    """Draw one row per label, first at the top: a dot at `point`, a bar from `low` to `high`; return the Axes.
+    """Draw one row per label, first at the top: a dot at `point`, a bar from `low` to `high` (if given); return the Axes.
 
+    point, low, high : one number per label. label : of the series, for a legend. filled : False for hollow dots.
     `shift` moves the series down by a part of a row, so that a second call on the same `ax` adds a second series.
     `reference` draws a dashed vertical line (None for no line). Rows with a missing `point` stay empty."""
     if ax is None:

@@ -136,7 +136,7 @@ def _in_overall_sd(x: np.ndarray, groups: tuple, before: tuple) -> np.ndarray:
     centre = np.average(x, axis=0, weights=before[0] + before[1])
     return (mean1 - mean0) / np.sqrt(np.average((x - centre) ** 2, axis=0, weights=before[0] + before[1]))
 
-
+# %% ../nbs/02_framework.ipynb #18c08f2d
 def balance(study: Study, weights: np.ndarray, before: np.ndarray | None = None) -> Balance:
     """The balance of a study under `weights` (n,), compared with the weights `before` (default: 1 for each unit).
 
@@ -146,9 +146,11 @@ def balance(study: Study, weights: np.ndarray, before: np.ndarray | None = None)
     return compare_groups(study, ("treated", "controls"), (before * treat, before * ~treat), (weights * treat, weights * ~treat))
 
 
-def compare_groups(study: Study, names: tuple[str, str], before: tuple[np.ndarray, np.ndarray],
-                   after: tuple[np.ndarray, np.ndarray]) -> Balance:
-    """The balance of any two groups of a study, each given by its (n,) weights before and after weighting; a unit may be in both."""
+def compare_groups(study: Study, names: tuple[str, str], before: tuple[np.ndarray, np.ndarray], after: tuple[np.ndarray, np.ndarray],
+                   means: np.ndarray | None = None) -> Balance:
+    """The balance of any two groups of a study, each given by its (n,) weights before and after weighting; a unit may be in both.
+
+    means : (d,) known means to hold the second group against instead of the first group's own; they have no clusters, so nothing is local then."""
     x, whole, one = study.x, np.array([0, study.n]), {"treated": "treated", "controls": "control"}
     first, second = (one.get(name, name) for name in names)
     smd_before, smd_after = (v[0] for v in _pair_differences(x, whole, before, after))
@@ -157,9 +159,16 @@ def compare_groups(study: Study, names: tuple[str, str], before: tuple[np.ndarra
         smd[separated] = _in_overall_sd(x[:, separated], groups, before)
     local = _pair_differences(x, study.starts, before, after)
     local_before, local_after = (np.where(np.isnan(local[1]), np.nan, v) for v in local)
+    if means is not None:
+        pooled = np.sqrt(sum(arm_moments(x, w, whole)[2][0] for w in before) / 2)
+        smd_before, smd_after = ((means - np.average(x, axis=0, weights=groups[1])) / pooled for groups in (before, after))
+        local_before, local_after = (np.full_like(v, np.nan) for v in (local_before, local_after))
     moments = {(i, when): arm_moments(x, groups[i], whole) for when, groups in (("", before), (", weighted", after)) for i in (0, 1)}
     with np.errstate(invalid="ignore", divide="ignore"):
         ratio = {when: moments[0, when][2][0] / moments[1, when][2][0] for when in ("", ", weighted")}
+    if means is not None:
+        first = "population"
+        moments[0, ""] = moments[0, ", weighted"] = (moments[0, ""][0], means[None], moments[0, ""][2])
     table = pd.DataFrame({
         **{f"mean {name}{when}": moments[i, when][1][0] for when in ("", ", weighted") for i, name in ((0, first), (1, second))},
         "SMD": smd_before, "SMD, weighted": smd_after,

@@ -60,7 +60,7 @@ def _shortfalls(problem: Problem, theta: np.ndarray, starts: np.ndarray, target_
         short[g] -= taken @ score[first:last][best]
     return short
 
-
+# %% ../nbs/12_hierarchical.ipynb #77a715d4
 def _without(problem: Problem, gone: np.ndarray, starts: np.ndarray, target_mean: np.ndarray, target_total: np.ndarray) -> Problem:
     "The feasibility part of the problem without some clusters; `gone` is (K,) bool."
     keep = ~np.repeat(gone, np.diff(starts))
@@ -72,8 +72,27 @@ def _without(problem: Problem, gone: np.ndarray, starts: np.ndarray, target_mean
                    (means, exact_totals(rest, total)), lower, upper)
 
 
+def _feasible_without(problem: Problem, gone: np.ndarray, starts, target_mean, target_total) -> bool:
+    "Whether leaving out some clusters makes the rest feasible."
+    asked = float(np.max(problem.constraints[0].tolerance))
+    return closest(_without(problem, gone, starts, target_mean, target_total)).distance <= asked + 1e-7
+
+
+def _fewest(problem: Problem, gone: np.ndarray, worst: np.ndarray, low: int, high: int, starts, target_mean, target_total) -> np.ndarray:
+    "Fewer clusters to leave out, by bisection along the ranking `worst`, in which the first `high` are known to suffice."
+    low = min(low, high) - 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        fewer = np.isin(np.arange(len(gone)), worst[:middle])
+        if _feasible_without(problem, fewer, starts, target_mean, target_total):
+            gone, high = fewer, middle
+        else:
+            low = middle
+    return gone
+
+
 def _blame(error: InfeasibleError, problem: Problem, starts, target_mean, target_total) -> InfeasibleError:
-    "The error with the clusters that cause it, and the fewest of them to leave out that were found to make the rest feasible."
+    "The error with the clusters that cause it, and some to leave out that were found to make the rest feasible."
     if error.direction is None:
         return error
     soft, labels = problem.constraints[0], list(problem.constraints[1].names)
@@ -83,9 +102,10 @@ def _blame(error: InfeasibleError, problem: Problem, starts, target_mean, target
     for count in sorted({min(enough * k, len(short) - 1) for k in (1, 2, 4, 8)}):
         gone = np.zeros(len(short), dtype=bool)
         gone[worst[:count]] = True
-        if count and closest(_without(problem, gone, starts, target_mean, target_total)).distance <= soft.tolerance + 1e-7:
-            names = [labels[g] for g in worst[:count]]
-            advice = f"Leaving out {counted(count, 'cluster')} ({listed(names)}, with {target_total[gone].sum():,.4g} of the target) makes it feasible."
+        if count and _feasible_without(problem, gone, starts, target_mean, target_total):
+            gone = _fewest(problem, gone, worst, enough, count, starts, target_mean, target_total)
+            names, count = [labels[g] for g in worst if gone[g]], int(gone.sum())
+            advice = f"Leaving out {counted(count, 'cluster')} ({listed(names)}, with {target_total[gone].sum():,.4g} target units) makes it feasible."
             break
     else:
         names, advice = [], "No small set of clusters is to blame: it takes fewer or coarser covariates, or a tolerance."
@@ -101,7 +121,7 @@ def hierarchical_weights(study: Study, lam: float | str | Mapping[str, float] = 
     """Units weighted to the target units of their own cluster, with balance overall.
 
     lam : the price of uneven weights, a positive number, or "auto": 1 − R² of the outcome on the covariates among the units weighted; for two
-    weighted arms also a number for each. estimand : "ATT" (controls to treated, default), "ATC" (treated to controls) or "ATE" (both to all); in
+    weighted arms also a number for each. (Sampling weights have mean 1; copying each row k times instead has the effect of lam / k.) estimand : "ATT" (controls to treated, default), "ATC" (treated to controls) or "ATE" (both to all); in
     a survey "mean" (default) or "total" (respondents to the full sample of their cluster). target : another population for the ATE, a data
     frame with the covariates and the cluster; what of it lies in clusters that cannot be compared is left out with a warning.
     tolerance : how many standard deviations an overall mean may miss its target by; "auto" is the smallest feasible, 0 (default) exact.

@@ -30,8 +30,8 @@ def left_out_residuals(x: np.ndarray, y: np.ndarray, starts: np.ndarray | None =
     """y minus its prediction from a linear model fitted without that unit.
 
     x : (n, d) covariates without intercept (d may be 0). y : (n,). starts : (K + 1,), if given, the model has a level for each
-    cluster, shrunk as in @eq-shrunk with `kappa` (default: estimated by analysis of variance). Without `starts`, no clusters.
-    A unit that no other unit can predict (its leverage is 1) keeps its deviation from the mean of y.
+    cluster, shrunk by the penalty `kappa` · Σ u_g² (default: estimated by analysis of variance). Without `starts`, no clusters.
+    A unit that no other unit can predict (its leverage is 1) keeps its deviation from the mean of y. Returns (n,).
     Source: leave-one-out for linear smoothers, Hastie, Tibshirani & Friedman (2009), section 7.10."""
     y = y - y.mean()
     spread = x.std(axis=0)
@@ -66,7 +66,7 @@ class Estimate:
     mean_control: float | None = None
     df: float = np.inf
     term: str = "ATT"
-    vcov: str = "residualised"
+    vcov: str = "residualised, for the units at hand"
 
     @property
     def statistic(self) -> float:
@@ -110,7 +110,7 @@ class Estimate:
 
 # %% ../nbs/07_inference.ipynb #1ebeb703
 def contrast(y: np.ndarray, treat: np.ndarray, weights: np.ndarray, residuals: np.ndarray, term: str = "ATT") -> Estimate:
-    """Difference of weighted means (treated − control) with the residualised variance of @eq-residualised.
+    """Difference of weighted means (treated − control) with the residualised variance Σ w² r² / (Σ w)² of each arm.
 
     y (n,), treat (n,) bool, weights (n,) ≥ 0 on both arms, residuals (n,) y − m̂. Raises `EstimationError` if an arm has fewer than two
     units with weight, since one unit has no variance, or if no residual differs from zero.
@@ -137,4 +137,5 @@ def weighted_mean(y: np.ndarray, weights: np.ndarray, residuals: np.ndarray, ter
     variance = residualised_variance(weights[used], residuals[used])
     if not variance > 0:
         raise EstimationError("The outcome does not vary beyond what the covariates predict, so there is no standard error.")
-    return Estimate(scale * float(np.average(y[used], weights=weights[used])), scale * float(np.sqrt(variance)), term=term)
+    return Estimate(scale * float(np.average(y[used], weights=weights[used])), scale * float(np.sqrt(variance)), term=term,
+                    vcov="residualised; for the units at hand and their clusters, not for a wider population from which they were drawn")

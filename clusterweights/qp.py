@@ -58,13 +58,13 @@ class Constraint:
 
     value : (K, d). label : what it is, for messages. names : K·d names of its rows. unit : the size of a miss that counts as 1
     in messages, (K, d) or a number (for balance of means: target total × standard deviation), or None if the constraint is hard
-    by definition (a total), so that it is never relaxed when looking for the closest feasible weights. tolerance : in units; 0 for exact sums."""
+    by definition (a total), so that it is never relaxed when looking for the closest feasible weights. tolerance : in units, one number or (K, d); 0 for exact sums."""
     sums: BlockSums
     value: np.ndarray
     label: str
     names: Sequence[str]
     unit: np.ndarray | float | None = None
-    tolerance: float = 0.0
+    tolerance: np.ndarray | float = 0.0
 
     @property
     def slack(self) -> np.ndarray:
@@ -156,7 +156,7 @@ def _row_sizes(c: Constraint, weights: np.ndarray) -> np.ndarray:
 
 
 def objective(problem: Problem, weights: np.ndarray) -> float:
-    "The objective of @eq-problem at `weights`."
+    "½‖balance(γ) − target‖² + ½ Σ ridge_i γ_i² at `weights`."
     imbalance = problem.balance(weights) - problem.target
     return 0.5 * float((imbalance**2).sum() + (problem.ridge * weights**2).sum())
 
@@ -312,8 +312,10 @@ class Closest:
     weights: np.ndarray | None
 
 
-def closest(problem: Problem) -> Closest:
-    """The weights within the bounds that leave the smallest largest miss of the soft constraints, tolerances put aside."""
+def closest(problem: Problem, settled: np.ndarray | None = None) -> Closest:
+    """The weights within the bounds that leave the smallest largest miss of the soft constraints, tolerances put aside.
+
+    settled : a tolerance for each soft row that is not to be minimised, NaN for the others (default: all are minimised)."""
     from scipy.optimize import linprog
     soft = [c for c in problem.constraints if c.unit is not None]
     hard = [c for c in problem.constraints if c.unit is None]
@@ -322,13 +324,18 @@ def closest(problem: Problem) -> Closest:
     for sign in (1.0, -1.0):
         for c in soft:
             unit = np.broadcast_to(c.unit, c.value.shape).ravel()
-            rows.append(sparse.hstack([sparse.diags(sign / unit) @ c.sums.matrix(), -np.ones((c.value.size, 1))]))
+            rows.append(sparse.diags(sign / unit) @ c.sums.matrix())
             rhs.append(sign * c.value.ravel() / unit)
     equal = {} if not hard else {
         "A_eq": sparse.hstack([sparse.vstack([c.sums.matrix() for c in hard]), sparse.csc_matrix((sum(c.value.size for c in hard), 1))]),
         "b_eq": np.concatenate([c.value.ravel() for c in hard])}
     bounds = np.column_stack([np.broadcast_to(problem.lower, n), np.broadcast_to(problem.upper, n)])
-    upper = {"A_ub": sparse.vstack(rows), "b_ub": np.concatenate(rhs)} if soft else {}
+    upper = {}
+    if soft:
+        settled = np.full(sum(c.value.size for c in soft), np.nan) if settled is None else settled
+        loose = np.tile(np.isnan(settled), 2)
+        upper = {"A_ub": sparse.hstack([sparse.vstack(rows), sparse.csc_matrix(-loose.astype(float)[:, None])]),
+                 "b_ub": np.concatenate(rhs) + np.where(loose, 0.0, np.tile(settled, 2))}
     result = linprog(np.r_[np.zeros(n), 1.0], **upper, **equal, bounds=np.vstack([bounds, [0, np.inf]]), method="highs")
     if result.status == 2:
         return Closest(np.inf, _over_committed(problem, hard), np.zeros(0), None)
@@ -339,7 +346,7 @@ def closest(problem: Problem) -> Closest:
     direction = marginals[1] - marginals[0]
     return Closest(float(result.x[-1]), [name for name, v in zip(names, direction) if abs(v) > 1e-7], direction, result.x[:n])
 
-
+# %% ../nbs/05_qp.ipynb #a2085ee9
 def _over_committed(problem: Problem, hard: Sequence[Constraint]) -> list[str]:
     "The hard rows that the bounds alone rule out (totals beyond what their block can carry); all hard rows if none is so by itself."
     low, high = (np.broadcast_to(v, problem.n) for v in (problem.lower, problem.upper))
@@ -353,11 +360,16 @@ def _over_committed(problem: Problem, hard: Sequence[Constraint]) -> list[str]:
     return out or [name for c in hard for name in c.names]
 
 
+def _largest_tolerance(problem: Problem) -> float:
+    return float(max(np.max(c.tolerance) for c in problem.constraints))
+
+
 def _infeasible(problem: Problem, found: Closest) -> InfeasibleError:
     label = " and ".join(dict.fromkeys(c.label for c in problem.constraints if (c.unit is not None) == np.isfinite(found.distance)))
     if not np.isfinite(found.distance):
-        return InfeasibleError(f"No weights within the bounds meet the {label} of {listed(found.names)}. Widen the bounds.", found.names)
-    asked = max(c.tolerance for c in problem.constraints)
+        return InfeasibleError(f"No weights within the bounds meet the {label}: {listed(found.names)}. Widen the bounds, or raise max_share.",
+                               found.names)
+    asked = _largest_tolerance(problem)
     goal = f"{label[0].upper()}{label[1:]} within {asked:g} standard deviations" if asked else f"Exact {label}"
     return InfeasibleError(f"{goal} is impossible: no weights within the bounds reach the target for {listed(found.names)}. The closest leave a "
                            f"difference of {found.distance:.2g} standard deviations; tolerance='auto' asks for no more than that.",
@@ -367,15 +379,32 @@ def _infeasible(problem: Problem, found: Closest) -> InfeasibleError:
 def with_tolerance(problem: Problem, tolerance: float | str) -> Problem:
     """The problem with every soft constraint loosened to `tolerance`: a number ≥ 0 in the constraints' units, or "auto".
 
-    "auto" is 0 where exact balance is feasible, else 1.01 times the smallest feasible tolerance."""
+    "auto" is 0 where exact balance is feasible; else the rows in conflict get 1.01 times the smallest feasible tolerance, the others less or 0."""
+    soft = [c for c in problem.constraints if c.unit is not None]
+    size = sum(c.value.size for c in soft)
     if isinstance(tolerance, str) and tolerance == "auto":
-        found = closest(problem)
+        rows = _smallest_tolerances(problem, size)
+    elif isinstance(tolerance, Real) and not isinstance(tolerance, (bool, np.bool_)) and np.isfinite(tolerance) and tolerance >= 0:
+        rows = np.full(size, float(tolerance))
+    else:
+        raise InputError(f"tolerance={tolerance!r} must be 'auto' or a number of standard deviations, 0 or more.")
+    parts = iter(np.split(rows, np.cumsum([c.value.size for c in soft])[:-1]))
+    return replace(problem, constraints=tuple(c if c.unit is None else replace(c, tolerance=next(parts).reshape(c.value.shape))
+                                              for c in problem.constraints))
+
+
+def _smallest_tolerances(problem: Problem, size: int) -> np.ndarray:
+    "One tolerance for each soft row: the largest made as small as can be, then the largest of the others, and so on until the rest are exact."
+    settled = np.full(size, np.nan)
+    while np.isnan(settled).any():
+        found = closest(problem, settled)
         if not np.isfinite(found.distance):
             raise _infeasible(problem, found)
-        tolerance = 1.01 * found.distance if found.distance > _FEASIBLE else 0.0
-    elif not (isinstance(tolerance, Real) and np.isfinite(tolerance) and tolerance >= 0):
-        raise InputError(f"tolerance={tolerance!r} must be 'auto' or a number of standard deviations, 0 or more.")
-    return replace(problem, constraints=tuple(c if c.unit is None else replace(c, tolerance=float(tolerance)) for c in problem.constraints))
+        if found.distance <= _FEASIBLE:
+            break
+        stuck = np.isnan(settled) & (np.abs(found.direction) > 1e-7)
+        settled[stuck if stuck.any() else np.isnan(settled)] = 1.01 * found.distance
+    return np.where(np.isnan(settled), 0.0, settled)
 
 
 def block_bounds(bounds: tuple[float, float], max_share: float | None, starts: np.ndarray, target_total: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -383,22 +412,24 @@ def block_bounds(bounds: tuple[float, float], max_share: float | None, starts: n
 
     Raises `InputError` if bounds are not two ordered numbers or `max_share` is not in (0, 1]."""
     try:
-        low, high = map(float, bounds)
+        low, high = map(float, bounds if not isinstance(bounds, str) else ())
     except (TypeError, ValueError):
         raise InputError(f"bounds={bounds!r} must be two numbers, for example (0, 10).") from None
     if not low <= high or low == np.inf or high == -np.inf:
         raise InputError(f"bounds={bounds!r}: the lower bound must not exceed the upper.")
-    if max_share is not None and not (isinstance(max_share, Real) and 0 < max_share <= 1):
+    if max_share is not None and (isinstance(max_share, bool) or not (isinstance(max_share, Real) and 0 < max_share <= 1)):
         raise InputError(f"max_share={max_share!r} must be a share of the cluster's total, above 0 and at most 1.")
     cap = np.inf if max_share is None else max_share * np.repeat(target_total, np.diff(starts))
     upper = np.minimum(high, np.broadcast_to(cap, starts[-1]))
-    return np.minimum(low, upper), upper
+    if (upper < low).any():
+        raise InputError(f"max_share={max_share!r} allows some units less than the lower bound {low:g}.")
+    return np.full(len(upper), low), upper
 
 # %% ../nbs/05_qp.ipynb #73bb3d56
 @dataclass(frozen=True, eq=False)
 class Solution:
     """Certified weights: `weights` (n,), `certificate`, `solver`, its `status`, `iterations`, polishing `steps`, `objective`,
-    `seconds`, and the `tolerance` on balance that was asked for."""
+    `seconds`, and the largest `tolerance` on balance that was allowed."""
     weights: np.ndarray = field(repr=False)
     multipliers: tuple[np.ndarray, ...] = field(repr=False)
     certificate: Certificate
@@ -426,7 +457,7 @@ def _attempt(problem: Problem, scaled: _Scaled, name: str) -> tuple[Solution | N
     splits = np.cumsum([c.value.size for c in problem.constraints])[:-1]
     multipliers = tuple(v.reshape(c.value.shape) for v, c in zip(np.split(values, splits), problem.constraints))
     return Solution(weights, multipliers, certify(problem, weights, multipliers), name, rough.status, rough.iterations, steps,
-                    objective(problem, weights), time.perf_counter() - start, max(c.tolerance for c in problem.constraints)), rough.status
+                    objective(problem, weights), time.perf_counter() - start, _largest_tolerance(problem)), rough.status
 
 
 def solve(problem: Problem, solver: str = "auto") -> Solution:
@@ -444,7 +475,7 @@ def solve(problem: Problem, solver: str = "auto") -> Solution:
             return attempt
         attempts += [attempt] if attempt is not None else []
         found = found or closest(problem)
-        if found.distance > max(c.tolerance for c in problem.constraints) + _FEASIBLE:
+        if found.distance > _largest_tolerance(problem) + _FEASIBLE:
             raise _infeasible(problem, found)
     best = min(attempts, key=lambda a: a.certificate.worst, default=None)
     said = "; ".join(f"{name}: {word}" for name, word in words.items())

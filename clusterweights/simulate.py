@@ -298,7 +298,7 @@ def education_data(seed: int | np.random.Generator, *, n_students: int = 9862, n
 # %% ../nbs/03_simulate.ipynb #8346f33f
 def surgery_data(seed: int | np.random.Generator, *, n_patients: int = 143_415, n_hospitals: int = 540, tau: float = 0.0,
                  context: float = 0.45) -> pd.DataFrame:
-    """Patients in hospitals of 1 to 1,556, three in four operated on; the outcome is 1 for an adverse event.
+    """Patients in hospitals of at most 1,556, three in four operated on; the outcome is 1 for an adverse event.
 
     seed : int or Generator. n_patients, n_hospitals : both exact. tau : effect on the risk of an adverse event, −0.05 to 0.05, the
     same for all. context : effect of the hospital's unmeasured style (one standard deviation, and more in tiny hospitals) on the

@@ -42,7 +42,7 @@ def _numbers(values: pd.Series, name, role: str) -> np.ndarray:
     except (TypeError, ValueError, OverflowError):
         known = list(values.dropna())
         bad = [v for v in known if isinstance(v, str) or not np.isscalar(v)] or known
-        raise InputError(f"The {role} {name!r} must be numeric, but holds {listed(dict.fromkeys(map(shown, bad)), most=2)}.") from None
+        raise InputError(f"The {role} {name!r} must be numeric, but holds {listed(dict.fromkeys(map(str, bad)), most=2)}.") from None
     if np.isinf(numbers).any():
         raise InputError(f"The {role} {name!r} has {counted(int(np.isinf(numbers).sum()), 'infinite value')}. Mend or drop these rows first.")
     if (np.abs(numbers) > _TOO_LARGE).any():
@@ -108,9 +108,13 @@ class _Encoder:
 
     def _formula(self, frame: pd.DataFrame) -> tuple[np.ndarray, list[str], dict]:
         try:
-            matrix = self.spec.get_model_matrix(frame, context={})
+            matrix = self.spec.get_model_matrix(frame, context={}, na_action="ignore")
         except Exception as error:
             raise InputError(f"The formula cannot be computed: {_plain(error)}") from error
+        finite = np.isfinite(matrix.to_numpy(dtype=float)) if len(matrix) == len(frame) else np.zeros((1, len(matrix.columns)), dtype=bool)
+        if not finite.all():
+            wrong = {str(name): int(k) for name, k in zip(matrix.columns, (~finite).sum(axis=0)) if k}
+            raise InputError("Terms of the formula have no finite value: " + ", ".join(f"{name} in {k}" for name, k in list(wrong.items())[:5]) + " rows.")
         keep = [j for j, name in enumerate(matrix.columns) if name != "Intercept"]
         place = {j: k for k, j in enumerate(keep)}
         terms = {str(term): tuple(place[j] for j in columns) for term, columns in matrix.model_spec.term_indices.items() if str(term) != "1"}
@@ -121,7 +125,7 @@ def _plain(error: Exception) -> str:
     "An error's first line without terminal colours."
     return re.sub(r"\x1b\[[0-9;]*m|[\u29da\u29db]", "", str(error)).strip().splitlines()[0]
 
-
+# %% ../nbs/01_study.ipynb #a815fde7
 def _learn(frame: pd.DataFrame, covs: Sequence, missing: str, right_side: str | None = None) -> _Encoder:
     "The encoder for the covariates of `frame`; `right_side` is that of a formula."
     levels, fills = {}, {}
@@ -129,6 +133,8 @@ def _learn(frame: pd.DataFrame, covs: Sequence, missing: str, right_side: str | 
         gap = frame[cov].isna().to_numpy()
         if _is_factor(frame[cov]):
             levels[cov] = _levels(frame[cov].astype(object), cov) + (("missing",) if gap.any() else ())
+            if len(set(levels[cov])) < len(levels[cov]):
+                raise InputError(f"Covariate {cov!r} has a level 'missing' besides its {gap.sum()} gaps. Rename that level, or fill the gaps with it.")
         elif gap.any():
             numbers = _numbers(frame[cov], cov, "covariate")
             if gap.all():
@@ -139,7 +145,7 @@ def _learn(frame: pd.DataFrame, covs: Sequence, missing: str, right_side: str | 
         return plain
     import formulaic
     try:
-        spec = formulaic.model_matrix(right_side, plain._fill(frame)[0], context={}).model_spec
+        spec = formulaic.model_matrix(right_side, plain._fill(frame)[0], context={}, na_action="ignore").model_spec
     except Exception as error:
         raise InputError(f"The formula {right_side!r} cannot be read: {_plain(error)}") from error
     return _Encoder(tuple(covs), levels, fills, spec)
@@ -311,6 +317,9 @@ def _as_list(names) -> list:
 
 def _check_roles(roles: dict, outcomes: list, covs: list) -> None:
     "Each column plays one part."
+    for role, name in roles.items():
+        if not isinstance(name, Hashable):
+            raise InputError(f"{role} must be the name of a column, not a {type(name).__name__}.")
     if not covs:
         raise InputError("covs is empty: name at least one covariate to balance.")
     parts = {role: [name] for role, name in roles.items()} | {"outcome": outcomes, "covs": covs}
@@ -365,8 +374,8 @@ def _weigh(self: Study, frame: pd.DataFrame, name) -> None:
     "Sampling weights with mean 1."
     weights = np.ones(self.n) if name is None else _numbers(frame[name], name, "column of sampling weights")[self._rows]
     if not (weights > 0).all():
-        raise InputError(f"Sampling weights must be positive; {name!r} has {(weights <= 0).sum()} values that are not. A unit that stands for "
-                         "nobody should be left out.")
+        raise InputError(f"Sampling weights must be positive; {name!r} has {counted(int((weights <= 0).sum()), 'value')} of 0 or less. A unit that stands "
+                         "for nobody should be left out.")
     self.weight_scale = float(weights.mean())
     self.sampling_weights = weights / self.weight_scale
 
@@ -408,9 +417,14 @@ def n_controls(self: Study) -> np.ndarray:
 
 @patch
 def encode(self: Study, data) -> np.ndarray:
-    "The covariates of another data frame, say of a target population, as columns like those of `x`: (m, d)."
+    """The covariates of another data frame, say of a target population, as columns like those of `x`: (m, d).
+
+    Gaps are filled where the study's were; elsewhere they raise `InputError`."""
     frame = _read(data, list(self.columns["covs"]))
-    _settle_missing(frame, "indicator", list(self._encoder.fills))
+    may_fill = [*self._encoder.fills, *(c for c, levels in self._encoder.levels.items() if "missing" in levels)]
+    gaps = frame.drop(columns=may_fill).isna().sum()
+    if gaps.any():
+        raise InputError("Missing values where the study has none: " + ", ".join(f"{c!r} in {k}" for c, k in gaps[gaps > 0].items()) + " rows.")
     return self._encoder(frame)[0]
 
 
@@ -436,6 +450,8 @@ def __repr__(self: Study) -> str:
 # %% ../nbs/01_study.ipynb #1c0682ab
 def _parse(formula: str) -> tuple[str, str, str]:
     "Treatment, right-hand side and cluster of `treat ~ terms + (1 | cluster)`."
+    if not isinstance(formula, str):
+        raise InputError(f"The formula must be text such as 'treat ~ age + (1 | cluster)', not {type(formula).__name__}.")
     sides = formula.split("~")
     bars = re.findall(r"\(([^()|]*)\|([^()|]*)\)", formula)
     if len(sides) != 2 or not sides[0].strip():
@@ -445,7 +461,9 @@ def _parse(formula: str) -> tuple[str, str, str]:
     right = re.sub(r"\+?\s*\([^()|]*\|[^()|]*\)", "", sides[1]).strip().lstrip("+").strip()
     if not right:
         raise InputError(f"The formula {formula!r} names no covariates.")
-    return sides[0].strip(), right, bars[0][1].strip()
+    if re.search(r"(^|[\s+\-*:(])\.($|[\s+\-*:)])", right):
+        raise InputError(f"The formula {formula!r} uses '.': name the covariates, so that it is clear what is balanced.")
+    return sides[0].strip().strip("`"), right, bars[0][1].strip().strip("`")
 
 
 @patch(cls_method=True)
@@ -460,7 +478,7 @@ def from_formula(cls: Study, formula: str, data, *, outcome: Hashable | Sequence
         variables = formulaic.Formula(right).required_variables
     except Exception as error:
         raise InputError(f"The formula {formula!r} cannot be read: {_plain(error)}") from error
-    mentioned = {a or b for a, b in re.findall(r"`([^`]+)`|\b([A-Za-z_]\w*)\b(?!\s*\()", right)} & set(_open(data).columns)
+    mentioned = {a or b for a, b in re.findall(r"`([^`]+)`|\b([A-Za-z_]\w*)\b(?!\s*(?:\(|=[^=]))", right)} & set(_open(data).columns)
     study = cls.__new__(cls)
     study._fill(data, {"treat": treat}, cluster, sorted(mentioned | set(map(str, variables))), outcome, sampling_weights, missing, treated=treated, right_side=right)
     return study
@@ -473,8 +491,8 @@ def _responded(frame: pd.DataFrame, outcomes: list, group: dict) -> np.ndarray:
     if (responded & ~known).any():
         raise InputError(f"{(responded & ~known).sum()} respondents have no outcome.")
     if responded.all() or not responded.any():
-        raise InputError(f"{responded.sum()} of {len(responded)} units responded: there is nothing to weight"
-                         + (" for. Is the outcome complete?" if responded.all() else "."))
+        raise InputError(f"All {len(responded)} units responded, so there is nothing to weight for. Is the outcome complete?" if responded.all() else
+                         "Nobody responded, so there is nothing to weight.")
     return responded
 
 
@@ -490,26 +508,32 @@ def survey(cls: Study, data, *, outcome: Hashable | Sequence[Hashable], cluster:
     study = cls.__new__(cls)
     study._fill(data, {} if responded is None else {"responded": responded}, cluster, _as_list(covs), outcome, sampling_weights, missing, survey=True)
     if totals is not None:
-        size = float(totals.get("N", np.nan))
-        object.__setattr__(study, "totals", (_by_name(totals, study.names, also=["N"]) / size, size))
-        if not (np.isfinite(study.totals[0]).all() and size > 0):
+        sums = _by_name(totals, study.names, also=["N"])
+        size = float(totals["N"])
+        if not (np.isfinite(sums).all() and np.isfinite(size) and size > 0):
             raise InputError("totals must be finite numbers for " + listed([*study.names, "N"], most=20) + ", and N positive.")
+        object.__setattr__(study, "totals", (sums / size, size))
     return study
 
 
 def _by_name(values: Mapping[str, float], names: Sequence[str], also: Sequence[str] = ()) -> np.ndarray:
     "(d,) numbers for the columns `names`; raises if one is lacking or unknown."
+    if not isinstance(values, Mapping):
+        raise InputError(f"Give a number for each column by name, as in {{{names[0]!r}: 0.5, …}}, not {type(values).__name__}.")
     lacking, unknown = [n for n in (*names, *also) if n not in values], [n for n in values if n not in (*names, *also)]
     if lacking or unknown:
         raise InputError((f"No value for {listed(lacking)}." if lacking else "") + (f" Unknown: {listed(unknown)}." if unknown else ""))
-    return np.array([float(values[n]) for n in names])
+    try:
+        return np.array([float(values[n]) for n in (*names, *also)])[:len(names)]
+    except (TypeError, ValueError):
+        raise InputError(f"Numbers are needed for {listed([*names, *also], most=8)}, got {dict(values)!r}.") from None
 
 # %% ../nbs/01_study.ipynb #4b19a56f
 def variance_components(values: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """One-way analysis-of-variance estimates of the variances between and within clusters.
 
     `values`: (n,) or (n, d), sorted by cluster. `starts`: (K + 1,). Returns two arrays (d,) or floats; the first may be
-    negative. NaN within if every cluster has one unit. Source: Searle, Casella & McCulloch (1992), section 3.6."""
+    negative. Both are NaN if every cluster has one unit; a single cluster gives 0 and the variance. Source: Searle, Casella & McCulloch (1992), section 3.6."""
     n, sizes = len(values), np.diff(starts)
     k = len(sizes)
     if k == 1:                                              # one cluster: nothing lies between clusters
@@ -568,7 +592,7 @@ def _variables(study: Study) -> Table:
     first, second = ("respondents", "others") if survey else ("treated", "control")
     frame = pd.DataFrame({f"mean {first}": values[study.treat].mean(0), f"mean {second}": values[~study.treat].mean(0),
                           "sd": values.std(0, ddof=1), "ICC": icc}, index=names)
-    return Table(frame, title="Variables", formats=dict.fromkeys(frame, ".3g") | {"ICC": ".3f"},
+    return Table(frame, title="Variables", formats=dict.fromkeys(frame, ".6g") | {"sd": ".3g", "ICC": "z.3f"},
                  notes=["ICC: share of the variance that lies between clusters (analysis of variance)."])
 
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import functools
-import html
 import inspect
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -18,7 +17,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from .core import DroppedUnitsWarning, EstimationError, InputError, OverlapWarning, Table, caller_depth, counted, listed, nearest
+from .core import DroppedUnitsWarning, EstimationError, InfeasibleError, InputError, OverlapWarning, Table, caller_depth, counted, listed, nearest, shown
 from .framework import Balance, balance, compare_groups, ess, standardized_differences
 from .inference import Estimate, contrast, left_out_residuals, weighted_mean
 from .qp import BlockSums, Problem, Solution, closest, exact_means, exact_totals
@@ -31,8 +30,9 @@ __all__ = ['WEIGHTED_ARMS', 'TARGET_NOUNS', 'METHODS', 'Arm', 'group_mask', 'tar
 
 # %% ../nbs/08_weights.ipynb #c190c258
 WEIGHTED_ARMS = {"ATT": {"controls": "treated"}, "ATC": {"treated": "controls"}, "ATE": {"controls": "all", "treated": "all"},
-                 "mean": {"respondents": "all"}, "total": {"respondents": "all"}}
-TARGET_NOUNS = {"ATT": "treated units", "ATC": "control units", "ATE": "units", "mean": "units", "total": "units"}
+                 "ATO": {"controls": "all", "treated": "all"}, "mean": {"respondents": "all"}, "total": {"respondents": "all"}}
+TARGET_NOUNS = {"ATT": "treated units", "ATC": "control units", "ATE": "units", "ATO": "units, weighted to where the arms overlap", "mean": "units",
+                "total": "units"}
 _ALIASES = {"ATET": "ATT", "ATTE": "ATT"}
 
 
@@ -81,7 +81,7 @@ def target_weights(study: Study, target: np.ndarray, cluster_weight: str = "unit
     equal = base.sum() / (per_cluster > 0).sum()
     return base * np.repeat(np.where(per_cluster > 0, equal / np.where(per_cluster > 0, per_cluster, 1.0), 0.0), np.diff(study.starts))
 
-
+# %% ../nbs/08_weights.ipynb #e768eced
 def _left_out(study: Study) -> np.ndarray:
     "(n,) why a unit has no part in a comparison within clusters; empty if it has."
     reason = np.full(study.n, "", dtype=object)
@@ -110,7 +110,7 @@ def _make_arm(study: Study, name: str, kept: np.ndarray, base: np.ndarray, withi
     return Arm(name, np.flatnonzero(mine), x[mine], study.sampling_weights[mine], starts, mean, total, spread, study.names,
                study.labels[labels] if within else ("all",))
 
-
+# %% ../nbs/08_weights.ipynb #82aa7765
 @dataclass(frozen=True)
 class _Outside:
     "A target from outside: means (G, d) and sizes (G,) by cluster of the study (one row without clusters), its size in all, and its clusters."
@@ -121,30 +121,48 @@ class _Outside:
 
 
 def _outside(study: Study, target, within: bool) -> _Outside:
-    "Read a target: a data frame with the study's covariates, or a mapping from the names of all columns of `study.x` to their means."
+    "Read a target: a data frame with the study's covariates, or the means of all columns of `study.x` by name or in their order."
+    if isinstance(target, pd.Series):
+        target = dict(target)
+    elif isinstance(target, (list, tuple, np.ndarray)):
+        if np.shape(target) != (len(study.names),):
+            raise InputError(f"target must hold one mean for each of the {len(study.names)} columns {listed(study.names)}.")
+        target = dict(zip(study.names, target))
     if isinstance(target, Mapping):
         if within:
-            raise InputError("A target given by its means has no clusters, so units cannot stand for their own cluster's part of it. Give a data frame "
+            raise EstimationError("A target given by its means has no clusters, so units cannot stand for their own cluster's part of it. Give a data frame "
                              "with the cluster column, or use balancing_weights.")
         means = _by_name(target, study.names)
         if not np.isfinite(means).all():
             raise InputError("target holds means that are missing or infinite.")
         return _Outside(means[None], np.array([float(study.n)]), study.n, 1)
-    x = study.encode(target)
+    x, s = study.encode(target), _target_sampling_weights(study, target)
     if not within:
-        return _Outside(x.mean(axis=0)[None], np.array([float(len(x))]), len(x), 1)
+        return _Outside(np.average(x, axis=0, weights=s)[None], np.array([float(len(x))]), len(x), 1)
     codes = study.find_clusters(target)
-    sizes = np.bincount(codes[codes >= 0], minlength=study.n_clusters).astype(float)
-    sums = np.stack([np.bincount(codes[codes >= 0], weights=x[codes >= 0, j], minlength=study.n_clusters) for j in range(x.shape[1])], axis=1)
+    known = codes >= 0
+    sizes = np.bincount(codes[known], weights=s[known], minlength=study.n_clusters)
+    sums = np.stack([np.bincount(codes[known], weights=(s * x[:, j])[known], minlength=study.n_clusters) for j in range(x.shape[1])], axis=1)
     with np.errstate(invalid="ignore"):
         return _Outside(sums / sizes[:, None], sizes, len(x), len(set(_labels(study, target))))
+
+
+def _target_sampling_weights(study: Study, data) -> np.ndarray:
+    "The sampling weights of a target's units, with mean 1: by the study's column if the target has it, else equal."
+    frame, name = nw.from_native(data, eager_only=True), study.columns.get("sampling_weights")
+    if name is None or name not in frame.columns:
+        return np.ones(len(frame))
+    s = frame[name].to_numpy().astype(float)
+    if not (np.isfinite(s).all() and (s > 0).all()):
+        raise InputError(f"The target's sampling weights {name!r} must be positive numbers.")
+    return s / s.mean()
 
 
 def _labels(study: Study, data) -> list:
     "The cluster labels of another data frame."
     return nw.from_native(data, eager_only=True)[study.columns["cluster"]].to_list()
 
-
+# %% ../nbs/08_weights.ipynb #42b427a0
 def arms(study: Study, estimand: str, *, within: bool, standardize: bool = True, cluster_weight: str = "units",
          target=None) -> tuple[list[Arm], np.ndarray, np.ndarray]:
     """The arms to be weighted, the (n,) weights of target units, and the (n,) reason why a unit is left out ("" if it is not).
@@ -153,7 +171,7 @@ def arms(study: Study, estimand: str, *, within: bool, standardize: bool = True,
     a data frame with the covariates (and the cluster, if within), or a mapping of means; a survey's totals count as one.
     Raises `EstimationError` if no cluster has both arms, `InputError` for means or totals where units stand for their own cluster."""
     if study.totals is not None and within:
-        raise InputError("Population totals have no clusters, so respondents cannot stand for their own cluster's part. Use balancing_weights.")
+        raise EstimationError("Population totals have no clusters, so respondents cannot stand for their own cluster's part. Use balancing_weights.")
     outside = (None if target is None else _outside(study, target, within)) if study.totals is None else _Outside(
         study.totals[0][None], np.array([study.totals[1]]), round(study.totals[1]), 1)
     if outside and cluster_weight != "units":
@@ -186,7 +204,7 @@ class Method:
     label: str
     function: Callable
     outcome_model: str
-    estimands: tuple[str, ...] = ("ATT", "ATC", "ATE")
+    estimands: tuple[str, ...]
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -197,31 +215,37 @@ class Method:
 METHODS: dict[str, Method] = {}
 
 
-def method(name: str, label: str, *, outcome_model: str) -> Callable:
+def method(name: str, label: str, *, outcome_model: str, estimands: tuple[str, ...] = ("ATT", "ATC", "ATE")) -> Callable:
     "Register a function `<name>_weights(study, …) -> Weights` as a method."
     def register(function):
         @functools.wraps(function)
         def run(study, *args, **options):
             _check_call(METHODS[name], study, options)
             options["estimand"] = canonical_estimand(options.get("estimand"), METHODS[name], study)
+            if options.get("target") is not None and study.level == "survey":
+                raise InputError("A survey's target from outside is given to Study.survey, as totals=….")
             if options.get("target") is not None and options["estimand"] != "ATE":
                 raise InputError("A target from outside is for the average effect on everybody in it: estimand='ATE'.")
             weights = function(study, *args, **options)
             _warn(weights)
             return weights
-        METHODS[name] = Method(name, label, run, outcome_model)
+        METHODS[name] = Method(name, label, run, outcome_model, estimands)
         return run
     return register
 
-
+# %% ../nbs/08_weights.ipynb #04342938
 def canonical_estimand(estimand: str | None, method: Method, study: Study) -> str:
     "The estimand by its usual name (None: ATT, in a survey the mean); raises `InputError` if the method cannot estimate it in this study."
     possible = ("mean", "total") if study.level == "survey" else method.estimands
     if estimand is None:
         return possible[0]
+    if study.level == "survey" and str(estimand).lower() in possible:
+        return str(estimand).lower()
     name = str(estimand) if str(estimand) in possible else _ALIASES.get(str(estimand).upper(), str(estimand).upper())
     if name not in possible:
-        raise InputError(f"{method.label} cannot estimate estimand={estimand!r} in this study." + nearest(name, possible))
+        others = [m.label for m in METHODS.values() if name in m.estimands and study.level != "survey"]
+        raise InputError(f"{method.label} cannot estimate estimand={estimand!r} in this study; it offers {listed(possible)}."
+                         + (f" {listed(others)} can." if others else ""))
     return name
 
 
@@ -252,7 +276,7 @@ class Target:
             return f"all {self.units:,} {self.noun}, in {counted(self.clusters, 'cluster')}"
         return f"{self.units:,} of {self.all_units:,} {self.noun}, in {self.clusters:,} of the {self.all_clusters:,} clusters that have such units"
 
-
+# %% ../nbs/08_weights.ipynb #2447ccc7
 @dataclass(frozen=True, repr=False, eq=False)
 class Weights:
     """Weights of a method for a study.
@@ -329,16 +353,25 @@ class Weights:
         study, kept = self.study, self.reason == ""
         if study.level == "survey":
             full = study.sampling_weights * kept
-            return compare_groups(study, ("full sample", "respondents"), (full, full * study.treat), (full, self.in_order))
+            goal = target_weights(study, kept, self.params.get("cluster_weight", "units"))
+            return compare_groups(study, ("full sample", "respondents"), (goal, full * study.treat), (goal, self.in_order), self._outside_means())
         before = self.in_order.copy()
         for mask in self.weighted_arms.values():
             before[mask] = study.sampling_weights[mask]
         return balance(study, self.in_order, before * kept)
 
+    def _outside_means(self) -> np.ndarray | None:
+        "(d,) the means of a target from outside, if it has no clusters."
+        if self.study.totals is not None:
+            return self.study.totals[0]
+        target = self.params.get("target")
+        return None if target is None else (_outside(self.study, target, False).means[0])
+
     def to_frame(self) -> pd.DataFrame:
         "One row per row of the data, in the caller's order: cluster, treated, weight, factor, kept, reason (\"missing\" for rows left out of the study)."
         s = self.study
-        return pd.DataFrame({"cluster": s.to_rows(s.labels[s.cluster], None), "treated": s.to_rows(s.treat), "weight": self.weights,
+        treated = pd.Series(s.to_rows(s.treat.astype(object), None)).astype("boolean")       # not known for rows that the study left out
+        return pd.DataFrame({"cluster": s.to_rows(s.labels[s.cluster], None), "treated": treated, "weight": self.weights,
                              "factor": self.factor, "kept": self.kept, "reason": s.to_rows(self.reason, "missing")})
 
     def refit(self, study: Study, **changes) -> Weights:
@@ -354,15 +387,32 @@ def weigh(study: Study, method: str, solve: Callable[[Arm], np.ndarray | Solutio
     keys = {k: params[k] for k in ("cluster_weight", "standardize", "target") if k in params}
     if not isinstance(keys.get("standardize", True), (bool, np.bool_)):
         raise InputError(f"standardize={keys['standardize']!r} must be True or False.")
+    if np.ndim(params.get("bounds")) == 1 and np.min(params["bounds"]) < 0:
+        raise InputError(f"bounds={params['bounds']!r}: weights below 0 extrapolate, and no balance table or sample size can be read then. The array "
+                         "functions allow them.")
     made, target, reason = arms(study, params["estimand"], within=within, **keys)
     own = {"ATT": study.treat, "ATC": ~study.treat}.get(params["estimand"], np.zeros(study.n, dtype=bool))    # an arm that is its own target
     weights, solutions = np.where(own & (reason == ""), target, 0.0), {}
     for arm in made:
-        answer = solve(arm)
+        try:
+            answer = solve(arm)
+        except InfeasibleError as error:
+            raise _for_rows(error, study, arm, len(made) > 1) from None
         if isinstance(answer, Solution):
             solutions[arm.name], answer = answer, answer.weights
         weights[arm.rows] = answer
     return Weights(study, method, params["estimand"], params, weights, reason, solutions, _target_outside(study, keys.get("target"), made, within))
+
+
+def _for_rows(error: InfeasibleError, study: Study, arm: Arm, name_arm: bool) -> InfeasibleError:
+    "The error with its closest weights in the caller's row order, and the arm named if there are two."
+    closest_weights = None
+    if error.weights is not None:
+        in_order = np.zeros(study.n)
+        in_order[arm.rows] = error.weights
+        closest_weights = study.to_rows(in_order)
+    return InfeasibleError((f"Weighting the {arm.name}: " if name_arm else "") + str(error), error.names, error.distance, closest_weights,
+                           error.direction, error.clusters)
 
 
 def _target_outside(study: Study, target, made: list[Arm], within: bool) -> Target | None:
@@ -377,7 +427,8 @@ def _target_outside(study: Study, target, made: list[Arm], within: bool) -> Targ
 
 # %% ../nbs/08_weights.ipynb #f7d0e659
 _LEAN = 0.10         # one unit with more than this share of its arm's weight is worth a warning,
-_TIMES_EQUAL = 3     # if it is also this many times its share under equal weights
+_LOOSE = 0.10        # so is a tolerance, chosen automatically, above this
+_TIMES_EQUAL = 3     # the first if it is also this many times its share under equal weights
 
 
 def _warn(weights: Weights) -> None:
@@ -388,6 +439,10 @@ def _warn(weights: Weights) -> None:
         warnings.warn(DroppedUnitsWarning(
             f"{target.all_units - target.units:,} of {target.all_units:,} {target.noun} were left out: {lacking} in their "
             f"{counted(target.all_clusters - target.clusters, 'cluster')}. The estimate speaks of {target}."), stacklevel=caller_depth())
+    loosest = max((s.tolerance for s in weights.solutions.values()), default=0.0)
+    if weights.params.get("tolerance") == "auto" and loosest > _LOOSE:
+        warnings.warn(OverlapWarning(f"Exact balance is impossible; it was loosened to {loosest:.2g} standard deviations for some covariates. "
+                                     "balance() shows which."), stacklevel=caller_depth())
     for arm, mask in weights.weighted_arms.items():
         w = weights.in_order[mask & (weights.reason == "")]
         share = w.max() / w.sum()
@@ -419,13 +474,19 @@ def _outcome(study: Study, outcome) -> np.ndarray:
         return study.outcomes[outcome]
     if isinstance(outcome, str):
         raise InputError(f"The study has no outcome {outcome!r}." + nearest(outcome, study.outcomes))
-    values = study.from_rows(np.asarray(outcome, dtype=float))
+    try:
+        numbers = np.asarray(outcome, dtype=float)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"outcome must be a name or one number for each row: {error}") from None
+    values = study.from_rows(numbers)
+    if values.ndim != 1:
+        raise InputError("outcome must be one column of numbers, in the order of the data's rows.")
     wanted = values[study.treat] if study.level == "survey" else values
     if not np.isfinite(wanted).all():
         raise InputError(f"The outcome has {(~np.isfinite(wanted)).sum()} missing or infinite values.")
     return values
 
-
+# %% ../nbs/08_weights.ipynb #1a04af2f
 def model_residuals(weights: Weights, y: np.ndarray) -> np.ndarray:
     "(n,) y − m̂ for kept units, m̂ fitted in each arm with what the method conditions on; 0 elsewhere. y : (n,) in the study's order."
     study, residuals = weights.study, np.zeros(weights.study.n)
@@ -448,14 +509,16 @@ def estimate(self: Weights, outcome=None, by=None) -> Estimate | pd.DataFrame:
     if study.level == "survey":
         if by is not None:
             raise InputError("by= compares arms within subgroups; a survey has one arm.")
-        scale = study.n * study.weight_scale if study.totals is None else study.totals[1]
+        size = self.in_order.sum() * (study.weight_scale if study.totals is None else 1.0)       # of what the weights stand for
         return weighted_mean(y[study.treat], self.in_order[study.treat], residuals[study.treat], self.estimand,
-                             scale=scale if self.estimand == "total" else 1.0)
+                             scale=size if self.estimand == "total" else 1.0)
     if by is None:
         return contrast(y, study.treat, self.in_order, residuals, self.estimand)
+    if isinstance(by, str) or np.ndim(by) != 1:
+        raise InputError("by must be one column of values, in the order of the data's rows: by=data['group'].")
     return _by_group(self, y, residuals, study.from_rows(np.asarray(by)))
 
-
+# %% ../nbs/08_weights.ipynb #198535f5
 def _by_group(weights: Weights, y: np.ndarray, residuals: np.ndarray, groups: np.ndarray) -> pd.DataFrame:
     "One row per subgroup."
     study, rows = weights.study, []
@@ -466,7 +529,10 @@ def _by_group(weights: Weights, y: np.ndarray, residuals: np.ndarray, groups: np
             if w[mask].sum() > 0:
                 centred[mask] -= np.average(residuals[mask], weights=w[mask])
         smd = standardized_differences(study.x, study.treat, np.array([0, study.n]), mine * study.sampling_weights, w)[1]
-        row = contrast(y, study.treat, w, centred, weights.estimand).tidy()
+        try:
+            row = contrast(y, study.treat, w, centred, weights.estimand).tidy()
+        except EstimationError as error:
+            raise EstimationError(f"Subgroup {shown(group)}: {error}") from None
         rows.append(row.assign(group=group, units=int((w > 0).sum()), largest_smd=pd.Series(np.abs(smd[0])).max()))
     return pd.concat(rows, ignore_index=True).sort_values("group", key=lambda v: v.map(str), ignore_index=True)
 
@@ -489,6 +555,12 @@ def summary(self: Weights) -> Table:
         facts |= {arm: f"{(kept & mask).sum():,} kept of {len(w):,}, {(w > 0).sum():,} with weight",
                   f"weights of {arm}": f"sum {w.sum():,.6g}, largest {w.max():.3g} ({w.max() / w.sum():.1%} of the sum)",
                   f"effective {arm}": f"{self.ess[arm]:,.0f}"}
+    goal = self._outside_means()
+    if goal is not None and self.target.units == self.target.all_units:
+        means = [np.average(self.study.x, axis=0, weights=self.in_order * mask) for mask in self.weighted_arms.values()]
+        facts["largest miss of the target"] = f"{np.max(np.abs(means - goal) / _scale(self.study, True)[1]):.2g} standard deviations"
+    if self.solutions and self.solution.tolerance:
+        facts["largest tolerance"] = f"{max(s.tolerance for s in self.solutions.values()):.3g} standard deviations"
     facts |= {"largest global |SMD|": f"{balanced.table['SMD, weighted'].abs().max():.2g}",
               **{f"L2 {kind}": "{before:.3f} before, {after:.3f} after".format(**row) if np.isfinite(row["after"]) else
                  "not defined: no cluster has two units in each arm" for kind, row in balanced.l2.iterrows()},
@@ -510,10 +582,12 @@ def _repr_html_(self: Weights) -> str:
 def unadjusted_weights(study: Study, *, estimand: str | None = None, cluster_weight: str = "units") -> Weights:
     """No adjustment: each unit keeps its sampling weight, scaled to the target's total. The plain difference of means (survey: the mean).
 
-    estimand : "ATT" (default), "ATC" or "ATE"; in a survey "mean" (default) or "total" (they differ in scale and in `cluster_weight`). cluster_weight : "units" or "clusters", whether each
-    target unit or each cluster counts the same."""
-    return weigh(study, "unadjusted", lambda arm: arm.base * arm.target_total.sum() / arm.base.sum(),
-                 {"estimand": estimand, "cluster_weight": cluster_weight}, within=False)
+    estimand : "ATT" (default), "ATC" or "ATE"; in a survey "mean" (default) or "total" (the mean times the size of the population). cluster_weight : "units" or "clusters", whether each
+    unit of an arm or each of its clusters counts the same."""
+    def one_arm(arm):
+        own = target_weights(study, group_mask(study, arm.name), cluster_weight)[arm.rows]
+        return own * arm.target_total.sum() / own.sum()
+    return weigh(study, "unadjusted", one_arm, {"estimand": estimand, "cluster_weight": cluster_weight}, within=False)
 
 # %% ../nbs/08_weights.ipynb #a18a51ee
 def resolve_lam(study: Study, estimand: str, lam, *, within: bool) -> dict[str, float]:
@@ -562,13 +636,16 @@ class Feasibility:
     conflicts: dict[str, list[str]]
     notes: list[str]
 
-    def __str__(self) -> str:
-        shown = self.clusters.sort_values("reachable").head(8) if "reachable" in self.clusters else self.clusters.head(8)
-        return str(Table(shown, title=f"Feasibility ({len(self.clusters):,} clusters; the {len(shown)} hardest)", notes=self.notes,
-                         formats={"reachable": ".0f"}))
+    def summary(self) -> Table:
+        "The hardest clusters, and what it all means."
+        hardest = self.clusters.sort_values("reachable", kind="stable").head(8)
+        return Table(hardest, title=f"Feasibility ({counted(len(self.clusters), 'cluster')}; the {len(hardest)} hardest)", notes=self.notes,
+                     formats={"reachable": ".0f"})
+
+    def __str__(self) -> str: return str(self.summary())
     __repr__ = __str__
 
-    def _repr_html_(self) -> str: return "".join(f"<p>{html.escape(line)}</p>" for line in self.notes) + Table(self.clusters.head(8))._repr_html_()
+    def _repr_html_(self) -> str: return self.summary()._repr_html_()
 
 
 def feasibility(study: Study, estimand: str = "ATT") -> Feasibility:
@@ -577,8 +654,9 @@ def feasibility(study: Study, estimand: str = "ATT") -> Feasibility:
     estimand : "ATT" or "ATC" (the effect on everybody asks for both). In the table, `use` says what a method that compares within clusters does with
     a cluster, `reachable` how many of the d covariates could be balanced there, each by itself. Methods that ignore clusters use all of them.
     Raises `EstimationError` if no cluster has both arms."""
-    if estimand not in ("ATT", "ATC"):
-        raise InputError(f"estimand={estimand!r} must be 'ATT' or 'ATC' here." + nearest(estimand, ["ATT", "ATC"]))
+    estimand = _ALIASES.get(str(estimand).upper(), str(estimand).upper())
+    if estimand not in ("ATT", "ATC") or study.level == "survey":
+        raise InputError("feasibility() is for the ATT or ATC of a study with treated and untreated; the ATE asks for both.")
     [arm], _, reason = arms(study, estimand, within=True)
     n1, n0 = study.n_treated, study.n_controls
     frame = pd.DataFrame({"treated": n1, "controls": n0, "use": "both arms compared"}, index=pd.Index(list(study.labels), tupleize_cols=False))
@@ -597,6 +675,13 @@ def feasibility(study: Study, estimand: str = "ATT") -> Feasibility:
         notes.append(f"Within clusters, {(n1 if estimand == 'ATT' else n0)[lost].sum():,} target units in {counted(int(lost.sum()), 'cluster')} are lost.")
     notes.append("Exact global balance is possible within clusters." if not conflicts else
                  f"Exact global balance is impossible within clusters, because of {listed(conflicts)}; the smallest tolerance is {tolerance:.2g} standard deviations.")
+    [arm_of_all], _, _ = arms(study, estimand, within=False)
+    everybody = replace(problem, constraints=(exact_means(arm_of_all.x, arm_of_all.target_mean, arm_of_all.target_total, names=arm_of_all.names,
+                                                          spread=arm_of_all.spread), exact_totals(arm_of_all.starts, arm_of_all.target_total)),
+                        balance=BlockSums(np.zeros((len(arm_of_all.rows), 1)), arm_of_all.starts, np.ones(1)), ridge=np.ones(len(arm_of_all.rows)))
+    across = closest(everybody)
+    notes.append("Across clusters it is possible." if across.distance <= 1e-7 else
+                 f"Across clusters, too, it is impossible, because of {listed(across.names)}: the smallest tolerance is {across.distance:.2g}.")
     if study.constant_within:
         notes.append(f"{listed(study.constant_within)} do not vary within clusters: balanced by themselves where clusters are compared within, "
                      "ordinary covariates where they are not.")

@@ -222,9 +222,8 @@ def test_bounds_of_blocks_by_hand():
     lower, upper = block_bounds((0.5, 3), 0.5, starts, total)
     assert_array_equal(lower, [0.5] * 5)
     assert_array_equal(upper, [3, 3, 2, 2, 2])
-    lower, upper = block_bounds((2.5, np.inf), 0.5, starts, total)
-    assert_array_equal(lower, [2.5, 2.5, 2, 2, 2])
-    assert_array_equal(upper, [5, 5, 2, 2, 2])
+    with pytest.raises(InputError, match="less than the lower bound"):
+        block_bounds((2.5, np.inf), 0.5, starts, total)            # two of a total of 4, at most
     assert_array_equal(block_bounds((0, np.inf), None, starts, total)[1], np.full(5, np.inf))
 
 
