@@ -235,7 +235,7 @@ def monte_carlo(dgp: Callable, estimators: Mapping[str, Callable], reps: int, se
     threading backend they may be counted for a neighbour. The draws are the same for every n_jobs. Raises `InputError` for no
     estimators, reps < 1 or a level outside (0, 1)."""
     _require(len(estimators) > 0, "estimators is empty: give at least one, as {name: function}.")
-    _require(reps >= 1, f"reps={reps!r} must be at least 1.")
+    _require(isinstance(reps, (int, np.integer)) and reps >= 1, f"reps={reps!r} must be a whole number, at least 1.")
     _require(0 < level < 1, f"level={level!r} must lie between 0 and 1, for example 0.95.")
     from joblib import Parallel, delayed
     from tqdm import tqdm

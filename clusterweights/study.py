@@ -487,7 +487,9 @@ def from_formula(cls: Study, formula: str, data, *, outcome: Hashable | Sequence
 def _responded(frame: pd.DataFrame, outcomes: list, group: dict) -> np.ndarray:
     "Who responded: by the column `responded`, else where no outcome is missing."
     known = frame[outcomes].notna().all(axis=1).to_numpy()
-    responded = known if not group else _treatment(frame[group["responded"]], group["responded"], None)
+    if group and not set(frame[group["responded"]].unique()) <= {0, 1}:
+        raise InputError(f"The column {group['responded']!r} of who responded must hold 0 and 1, or False and True.")
+    responded = known if not group else frame[group["responded"]].to_numpy(dtype=bool)
     if (responded & ~known).any():
         raise InputError(f"{(responded & ~known).sum()} respondents have no outcome.")
     if responded.all() or not responded.any():

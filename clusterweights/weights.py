@@ -377,6 +377,9 @@ class Weights:
     def refit(self, study: Study, **changes) -> Weights:
         "The same recipe on another study; `lam` stays what it was unless changed: refit(study, lam=\"auto\")."
         options = {k: v for k, v in self.params.items() if k in METHODS[self.method].options}
+        arms_now = WEIGHTED_ARMS.get(str(changes.get("estimand", self.estimand)), {})
+        if isinstance(options.get("lam"), dict) and set(arms_now) < set(options["lam"]):       # fewer arms than before: keep their own lam
+            options["lam"] = {arm: options["lam"][arm] for arm in arms_now}
         return METHODS[self.method].function(study, **(options | changes))
 
 # %% ../nbs/08_weights.ipynb #59344be2
