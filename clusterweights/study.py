@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from .core import DroppedUnitsWarning, InputError, Table, caller_depth, counted, listed, nearest, shown
 
 # %% auto #0
-__all__ = ['cluster_sums', 'Study', 'variance_components', 'Description']
+__all__ = ['cluster_sums', 'Study', 'numbers_by_name', 'variance_components', 'Description']
 
 # %% ../nbs/01_study.ipynb #5783daaf
 _TOO_LARGE = 1e100    # squares of larger values overflow
@@ -510,7 +510,7 @@ def survey(cls: Study, data, *, outcome: Hashable | Sequence[Hashable], cluster:
     study = cls.__new__(cls)
     study._fill(data, {} if responded is None else {"responded": responded}, cluster, _as_list(covs), outcome, sampling_weights, missing, survey=True)
     if totals is not None:
-        sums = _by_name(totals, study.names, also=["N"])
+        sums = numbers_by_name(totals, study.names, also=["N"])
         size = float(totals["N"])
         if not (np.isfinite(sums).all() and np.isfinite(size) and size > 0):
             raise InputError("totals must be finite numbers for " + listed([*study.names, "N"], most=20) + ", and N positive.")
@@ -518,7 +518,7 @@ def survey(cls: Study, data, *, outcome: Hashable | Sequence[Hashable], cluster:
     return study
 
 
-def _by_name(values: Mapping[str, float], names: Sequence[str], also: Sequence[str] = ()) -> np.ndarray:
+def numbers_by_name(values: Mapping[str, float], names: Sequence[str], also: Sequence[str] = ()) -> np.ndarray:
     "(d,) numbers for the columns `names`; raises if one is lacking or unknown."
     if not isinstance(values, Mapping):
         raise InputError(f"Give a number for each column by name, as in {{{names[0]!r}: 0.5, …}}, not {type(values).__name__}.")

@@ -21,7 +21,7 @@ from .core import DroppedUnitsWarning, EstimationError, InfeasibleError, InputEr
 from .framework import Balance, balance, compare_groups, ess, standardized_differences
 from .inference import Estimate, contrast, left_out_residuals, weighted_mean
 from .qp import BlockSums, Problem, Solution, closest, exact_means, exact_totals
-from .study import Study, _by_name, cluster_sums
+from .study import Study, numbers_by_name, cluster_sums
 
 # %% auto #0
 __all__ = ['WEIGHTED_ARMS', 'TARGET_NOUNS', 'METHODS', 'Arm', 'group_mask', 'target_weights', 'arms', 'Method', 'method',
@@ -130,9 +130,9 @@ def _outside(study: Study, target, within: bool) -> _Outside:
         target = dict(zip(study.names, target))
     if isinstance(target, Mapping):
         if within:
-            raise EstimationError("A target given by its means has no clusters, so units cannot stand for their own cluster's part of it. Give a data frame "
-                             "with the cluster column, or use balancing_weights.")
-        means = _by_name(target, study.names)
+            raise EstimationError("A target given by its means has no clusters, so units cannot stand for their own cluster's part of it. Give a "
+                                  "data frame with the cluster column, or use balancing_weights.")
+        means = numbers_by_name(target, study.names)
         if not np.isfinite(means).all():
             raise InputError("target holds means that are missing or infinite.")
         return _Outside(means[None], np.array([float(study.n)]), study.n, 1)
@@ -169,7 +169,7 @@ def arms(study: Study, estimand: str, *, within: bool, standardize: bool = True,
 
     within : whether units stand only for targets of their own cluster; then clusters that lack an arm are left out. target : one from outside,
     a data frame with the covariates (and the cluster, if within), or a mapping of means; a survey's totals count as one.
-    Raises `EstimationError` if no cluster has both arms, `InputError` for means or totals where units stand for their own cluster."""
+    Raises `EstimationError` if no cluster has both arms, and for means or totals where units stand for their own cluster."""
     if study.totals is not None and within:
         raise EstimationError("Population totals have no clusters, so respondents cannot stand for their own cluster's part. Use balancing_weights.")
     outside = (None if target is None else _outside(study, target, within)) if study.totals is None else _Outside(
@@ -216,7 +216,9 @@ METHODS: dict[str, Method] = {}
 
 
 def method(name: str, label: str, *, outcome_model: str, estimands: tuple[str, ...] = ("ATT", "ATC", "ATE")) -> Callable:
-    "Register a function `<name>_weights(study, …) -> Weights` as a method."
+    """Register a function `<name>_weights(study, …, *, estimand=None, …) -> Weights` as a method of that name.
+
+    The function gets the estimand by its usual name. label : for tables. outcome_model, estimands : as in `Method`."""
     def register(function):
         @functools.wraps(function)
         def run(study, *args, **options):
@@ -257,6 +259,9 @@ def _check_call(method: Method, study, options: Mapping) -> None:
     for option in options:
         if option not in known:
             raise InputError(f"{name} has no option {option!r}." + nearest(option, known))
+    if isinstance(options.get("bounds"), (tuple, list)) and options["bounds"] and isinstance(options["bounds"][0], Real) and options["bounds"][0] < 0:
+        raise InputError(f"bounds={options['bounds']!r}: weights below 0 extrapolate, and no balance table or sample size can be read then. The array "
+                         "functions allow them.")
     if study.level == "cluster":
         raise InputError(f"{study.columns['treat']!r} never varies within {study.columns['cluster']!r}: whole clusters were treated. {name} and its "
                          "standard error are for treatments that vary within clusters; this version has no method for whole clusters.")
@@ -273,7 +278,7 @@ class Target:
 
     def __str__(self) -> str:
         if self.units == self.all_units:
-            return f"all {self.units:,} {self.noun}, in {counted(self.clusters, 'cluster')}"
+            return f"all {self.units:,} {self.noun}" + (f", in {counted(self.clusters, 'cluster')}" if self.clusters else "")
         return f"{self.units:,} of {self.all_units:,} {self.noun}, in {self.clusters:,} of the {self.all_clusters:,} clusters that have such units"
 
 # %% ../nbs/08_weights.ipynb #2447ccc7
@@ -390,9 +395,6 @@ def weigh(study: Study, method: str, solve: Callable[[Arm], np.ndarray | Solutio
     keys = {k: params[k] for k in ("cluster_weight", "standardize", "target") if k in params}
     if not isinstance(keys.get("standardize", True), (bool, np.bool_)):
         raise InputError(f"standardize={keys['standardize']!r} must be True or False.")
-    if np.ndim(params.get("bounds")) == 1 and np.min(params["bounds"]) < 0:
-        raise InputError(f"bounds={params['bounds']!r}: weights below 0 extrapolate, and no balance table or sample size can be read then. The array "
-                         "functions allow them.")
     made, target, reason = arms(study, params["estimand"], within=within, **keys)
     own = {"ATT": study.treat, "ATC": ~study.treat}.get(params["estimand"], np.zeros(study.n, dtype=bool))    # an arm that is its own target
     weights, solutions = np.where(own & (reason == ""), target, 0.0), {}
@@ -424,7 +426,7 @@ def _target_outside(study: Study, target, made: list[Arm], within: bool) -> Targ
         return None
     if target is None or not within:
         size = round(made[0].target_total.sum())
-        return Target(size, 1, size, 1, "units of a population given from outside")
+        return Target(size, 0, size, 0, "units of a population given from outside")      # whose clusters play no part
     outside = _outside(study, target, within)
     return Target(round(made[0].target_total.sum()), len(made[0].target_total), outside.units, outside.clusters, "units of a population given from outside")
 
