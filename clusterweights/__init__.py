@@ -12,7 +12,6 @@ from clusterweights.inference import Estimate
 from clusterweights.study import Study
 from clusterweights.weights import Feasibility, Weights, feasibility, unadjusted_weights
 
-__all__ = ["Balance", "ClusterWeightsError", "ClusterWeightsWarning", "Comparison", "DroppedUnitsWarning", "Estimate", "EstimationError", "Feasibility",
-           "InfeasibleError", "InputError", "OverlapWarning", "SolverError", "Study", "Weights", "balancing_weights", "compare", "feasibility",
-           "hierarchical_weights",
-           "unadjusted_weights"]
+__all__ = ["Balance", "ClusterWeightsError", "ClusterWeightsWarning", "Comparison", "DroppedUnitsWarning", "Estimate", "EstimationError",
+           "Feasibility", "InfeasibleError", "InputError", "OverlapWarning", "SolverError", "Study", "Weights", "balancing_weights",
+           "compare", "feasibility", "hierarchical_weights", "unadjusted_weights"]

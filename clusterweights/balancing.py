@@ -36,30 +36,31 @@ def solve_balancing(x: np.ndarray, target_mean: np.ndarray, target_total: float,
 
 # %% ../nbs/10_balancing.ipynb #d6bc3be5
 @method("balancing", "Balancing, no clusters", outcome_model="covariates", estimands=("ATT", "ATC", "ATE", "ATO"))
-def balancing_weights(study: Study, *, estimand: str | None = None, target=None, tolerance: float | str = 0.0, bounds: tuple[float, float] = (0, np.inf),
-                      max_share: float | None = None, cluster_weight: str = "units", solver: str = "auto") -> Weights:
+def balancing_weights(study: Study, *, estimand: str | None = None, target=None, tolerance: float | str = 0.0,
+                      bounds: tuple[float, float] = (0, np.inf), max_share: float | None = None, cluster_weight: str = "units",
+                      solver: str = "auto") -> Weights:
     """Units weighted to the covariate means of their target, clusters ignored.
 
-    estimand : "ATT" (controls to treated, default), "ATC" (treated to controls), "ATE" (both to all) or "ATO" (both to each other); in a survey "mean" (default) or
-    "total" (respondents to the full sample, or to its totals). target : another population for the ATE: a data frame with the covariates, or a
-    mapping from the names of all covariate columns to their means. tolerance : how many standard deviations a
-    mean may miss its target by; "auto" is the smallest feasible, 0 (default) exact. bounds : of each weight. max_share : the largest share of
-    its arm's total that one unit may carry. cluster_weight : "units" or "clusters", whether each target unit or each cluster counts the
-    same. solver : "auto", "piqp" or "osqp". Variance is all there is to trade, so there is no `lam`.
+    estimand : "ATT" (controls to treated, default), "ATC" (treated to controls), "ATE" (both to all) or "ATO" (both to each other); in a
+    survey "mean" (default) or "total" (respondents to the full sample, or to its totals). target : another population for the ATE: a data frame
+    with the covariates, or the means of all covariate columns, by name or in the order of `study.names`. tolerance : how many standard
+    deviations a mean may miss its target by; "auto" is the smallest feasible, 0 (default) exact. bounds : of each weight, not below 0.
+    max_share : the largest share of its arm's total that one unit may carry. cluster_weight : "units" or "clusters", whether each target unit
+    or each cluster counts the same. solver : "auto", "piqp" or "osqp". Variance is all there is to trade, so there is no `lam`.
     Raises `InfeasibleError`, naming the covariates, if no weights reach the means.
     Source: Zubizarreta (2015); Ben-Michael, Feller & Keele (2026), Eq. 6 with all units in one cluster."""
     def one_arm(arm):
         return solve_balancing(arm.x, arm.target_mean[0], arm.target_total[0], base=arm.base, tolerance=tolerance, bounds=bounds,
                                max_share=max_share, spread=arm.spread, names=arm.names, solver=solver)
-    params = {"estimand": estimand, "target": target, "tolerance": tolerance, "bounds": bounds, "max_share": max_share, "cluster_weight": cluster_weight,
-              "solver": solver}
+    params = {"estimand": estimand, "target": target, "tolerance": tolerance, "bounds": bounds, "max_share": max_share,
+              "cluster_weight": cluster_weight, "solver": solver}
     if estimand == "ATO":
         return _overlap_weights(study, params)
     return weigh(study, "balancing", one_arm, params, within=False)
 
 # %% ../nbs/10_balancing.ipynb #f3c1dfcf
-def solve_overlap(x_control: np.ndarray, x_treated: np.ndarray, *, base_control: np.ndarray | None = None, base_treated: np.ndarray | None = None,
-                  tolerance: float | str = 0.0, bounds: tuple[float, float] = (0, np.inf), max_share: float | None = None,
+def solve_overlap(x_control: np.ndarray, x_treated: np.ndarray, *, base_control: np.ndarray | None = None,
+                  base_treated: np.ndarray | None = None, tolerance: float | str = 0.0, bounds: tuple[float, float] = (0, np.inf), max_share: float | None = None,
                   spread: np.ndarray | None = None, names: Sequence[str] | None = None, solver: str = "auto") -> Solution:
     """The least variable weights of two arms under which their means are equal; the controls' weights come first in the solution.
 

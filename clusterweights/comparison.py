@@ -30,8 +30,8 @@ class Comparison:
     """Several methods on one study. table : one row per method. weights, balances : `Weights` and `Balance` by method. errors : what
     failed, and why.
 
-    Columns of `table`: label, estimate, std_error, conf_low, conf_high, ess_treated, ess_controls, ess_respondents, l2_global, l2_local (after weighting),
-    global_reduction, local_reduction (percent), units, clusters (target units kept, and their clusters), status. level : of the intervals.
+    Columns of `table`: label, estimate, std_error, conf_low, conf_high, ess_treated, ess_controls, ess_respondents, l2_global, l2_local
+    (after weighting), global_reduction, local_reduction (percent), units, clusters (target units kept, and their clusters), status. level : of the intervals.
     estimand : what is estimated.
     ignored : options that change whom an estimate speaks of and that a method does not have."""
     study: Study
@@ -47,10 +47,8 @@ class Comparison:
     __repr__ = __str__
 
 # %% ../nbs/20_comparison.ipynb #8764885c
-_COLUMNS = ["label", "estimate", "std_error", "conf_low", "conf_high", "ess_treated", "ess_controls", "ess_respondents", "l2_global", "l2_local", "global_reduction",
-            "local_reduction", "units", "clusters", "status"]
-
-
+_COLUMNS = ["label", "estimate", "std_error", "conf_low", "conf_high", "ess_treated", "ess_controls", "ess_respondents", "l2_global",
+            "l2_local", "global_reduction", "local_reduction", "units", "clusters", "status"]
 _TARGETING = ("target", "cluster_weight")      # options that change whom an estimate speaks of
 _FAILURES = {InfeasibleError: "infeasible", SolverError: "no certified answer", EstimationError: "not estimable"}
 
@@ -113,8 +111,8 @@ def summary(self: Comparison) -> Table:
     frame = pd.DataFrame({
         "estimate": t["estimate"], "std. error": t["std_error"], f"{100 * self.level:g}% low": t["conf_low"],
         f"{100 * self.level:g}% high": t["conf_high"],
-        **{f"ESS {arm}": t[f"ess_{arm}"] for arm in WEIGHTED_ARMS[self.estimand]}, "L2 global": t["l2_global"], "L2 local": t["l2_local"], "global, % less": t["global_reduction"],
-        "local, % less": t["local_reduction"],
+        **{f"ESS {arm}": t[f"ess_{arm}"] for arm in WEIGHTED_ARMS[self.estimand]}, "L2 global": t["l2_global"], "L2 local": t["l2_local"],
+        "global, % less": t["global_reduction"], "local, % less": t["local_reduction"],
         "units": t["units"], "clusters": t["clusters"], "status": t["status"]}).set_axis(t["label"].to_numpy())
     places = f"z.{decimals(t['std_error'].min())}f"
     formats = dict.fromkeys(frame, "z.3f") | dict.fromkeys(list(frame)[:4], places) | dict.fromkeys(
@@ -184,7 +182,8 @@ def _imbalances(c: Comparison) -> list[str]:
             out.append(f"{METHODS[name].label}: global differences above {_NOTICEABLE} standard deviations remain in {listed(large)}.")
     local = c.table.loc[list(c.weights), "l2_local"]
     if local.isna().any():
-        out.append("Local imbalance is not defined: no cluster has two units in each arm.")
+        out.append("Local imbalance is not defined: " + ("population totals have no clusters." if c.study.totals is not None else
+                                                         "no cluster has two units in each arm."))
     elif len(local) > 1 and c.table.loc[list(c.weights), "units"].nunique() == 1:
         best = local.idxmin()
         out.append(f"Local imbalance is smallest with {METHODS[best].label} ({local[best]:.3f}"

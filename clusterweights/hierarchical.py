@@ -115,17 +115,17 @@ def _blame(error: InfeasibleError, problem: Problem, starts, target_mean, target
 
 # %% ../nbs/12_hierarchical.ipynb #5bf5189f
 @method("hierarchical", "Hierarchical balancing", outcome_model="covariates and clusters")
-def hierarchical_weights(study: Study, lam: float | str | Mapping[str, float] = "auto", *, estimand: str | None = None, target=None, tolerance: float | str = 0.0,
-                         bounds: tuple[float, float] = (0, np.inf), max_share: float | None = None, cluster_weight: str = "units",
+def hierarchical_weights(study: Study, lam: float | str | Mapping[str, float] = "auto", *, estimand: str | None = None, target=None,
+                         tolerance: float | str = 0.0, bounds: tuple[float, float] = (0, np.inf), max_share: float | None = None, cluster_weight: str = "units",
                          standardize: bool = True, solver: str = "auto") -> Weights:
     """Units weighted to the target units of their own cluster, with balance overall.
 
     lam : the price of uneven weights, a positive number, or "auto": 1 − R² of the outcome on the covariates among the units weighted; for two
-    weighted arms also a number for each. (Sampling weights have mean 1; copying each row k times instead has the effect of lam / k.) estimand : "ATT" (controls to treated, default), "ATC" (treated to controls) or "ATE" (both to all); in
-    a survey "mean" (default) or "total" (respondents to the full sample of their cluster). target : another population for the ATE, a data
+    weighted arms also a number for each. (Sampling weights have mean 1; copying each row k times instead has the effect of lam / k.)
+    estimand : "ATT" (controls to treated, default), "ATC" (treated to controls) or "ATE" (both to all); in a survey "mean" (default) or "total" (respondents to the full sample of their cluster). target : another population for the ATE, a data
     frame with the covariates and the cluster; what of it lies in clusters that cannot be compared is left out with a warning.
     tolerance : how many standard deviations an overall mean may miss its target by; "auto" is the smallest feasible, 0 (default) exact.
-    bounds : of each weight. max_share : the largest share of its cluster's total that one unit may carry. cluster_weight : "units" or
+    bounds : of each weight, not below 0. max_share : the largest share of its cluster's total that one unit may carry. cluster_weight : "units" or
     "clusters", whether each target unit or each cluster counts the same. standardize : divide covariates by their overall standard
     deviation, so that their units do not matter (default); with False, a covariate counts by its own scale. solver : "auto", "piqp", "osqp".
 

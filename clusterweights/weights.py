@@ -40,8 +40,8 @@ _ALIASES = {"ATET": "ATT", "ATTE": "ATT"}
 class Arm:
     """Units to be weighted and the target they should stand for, by cluster; what a method's array function works on.
 
-    name : "controls", "treated" or "respondents". rows : (m,) positions in the study. x : (m, d) features. base : (m,) sampling weights. starts : (K + 1,)
-    blocks of rows; one block for methods that ignore clusters. target_mean : (K, d) and target_total : (K,), the target's mean features
+    name : "controls", "treated" or "respondents". rows : (m,) positions in the study. x : (m, d) features. base : (m,) sampling weights.
+    starts : (K + 1,) blocks of rows; one block for methods that ignore clusters. target_mean : (K, d) and target_total : (K,), the target's mean features
     and size in each block. spread : (d,) one standard deviation of each feature. names, labels : of features and blocks."""
     name: str
     rows: np.ndarray
@@ -506,7 +506,7 @@ def estimate(self: Weights, outcome=None, by=None) -> Estimate | pd.DataFrame:
     """The effect with its residualised standard error.
 
     outcome : the name of one of the study's outcomes, or values in the caller's row order; default: the first outcome.
-    by : values in the caller's row order that define subgroups. Returns a data frame then, one `tidy()` row per subgroup, with the
+    by : values in the caller's row order that define subgroups; rows where it is missing belong to none. Returns a data frame then, one `tidy()` row per subgroup, with the
     units and the largest |SMD| in it: weights balance the sample, and a subgroup only as far as that column says.
     Raises `InputError` if there is no outcome, `EstimationError` if an arm has fewer than two units with weight."""
     study, y = self.study, _outcome(self.study, outcome)
@@ -526,8 +526,10 @@ def estimate(self: Weights, outcome=None, by=None) -> Estimate | pd.DataFrame:
 # %% ../nbs/08_weights.ipynb #198535f5
 def _by_group(weights: Weights, y: np.ndarray, residuals: np.ndarray, groups: np.ndarray) -> pd.DataFrame:
     "One row per subgroup."
-    study, rows = weights.study, []
-    for group in pd.unique(pd.Series(groups).dropna()):
+    study, rows, found = weights.study, [], pd.unique(pd.Series(groups).dropna())
+    if not len(found):
+        raise InputError("by has no values: every row is missing.")
+    for group in found:
         mine = groups == group
         w, centred = np.where(mine, weights.in_order, 0.0), residuals.copy()
         for mask in (study.treat, ~study.treat):            # a subgroup has its own mean, which the model does not know
@@ -568,7 +570,8 @@ def summary(self: Weights) -> Table:
         facts["largest tolerance"] = f"{max(s.tolerance for s in self.solutions.values()):.3g} standard deviations"
     facts |= {"largest global |SMD|": f"{balanced.table['SMD, weighted'].abs().max():.2g}",
               **{f"L2 {kind}": "{before:.3f} before, {after:.3f} after".format(**row) if np.isfinite(row["after"]) else
-                 "not defined: no cluster has two units in each arm" for kind, row in balanced.l2.iterrows()},
+                 "not defined: " + ("population totals have no clusters" if self.study.totals is not None else "no cluster has two units in each arm")
+                 for kind, row in balanced.l2.iterrows()},
               "solver": str(self.solution or self.status)}
     return Table(pd.DataFrame({"": facts}), title="Weights")
 
@@ -587,8 +590,8 @@ def _repr_html_(self: Weights) -> str:
 def unadjusted_weights(study: Study, *, estimand: str | None = None, cluster_weight: str = "units") -> Weights:
     """No adjustment: each unit keeps its sampling weight, scaled to the target's total. The plain difference of means (survey: the mean).
 
-    estimand : "ATT" (default), "ATC" or "ATE"; in a survey "mean" (default) or "total" (the mean times the size of the population). cluster_weight : "units" or "clusters", whether each
-    unit of an arm or each of its clusters counts the same."""
+    estimand : "ATT" (default), "ATC" or "ATE"; in a survey "mean" (default) or "total" (the mean times the size of the population).
+    cluster_weight : "units" or "clusters", whether each unit of an arm or each of its clusters counts the same."""
     def one_arm(arm):
         own = target_weights(study, group_mask(study, arm.name), cluster_weight)[arm.rows]
         return own * arm.target_total.sum() / own.sum()
@@ -653,6 +656,16 @@ class Feasibility:
     def _repr_html_(self) -> str: return self.summary()._repr_html_()
 
 
+def _closest_to_target(arm: Arm) -> tuple[float, list[str]]:
+    "The smallest feasible tolerance on global balance, and the covariates in conflict if it is not 0."
+    n = len(arm.rows)
+    problem = Problem(BlockSums(np.zeros((n, 1)), np.array([0, n]), np.ones(1)), np.zeros((1, 1)), np.ones(n),
+                      (exact_means(arm.x, arm.target_mean, arm.target_total, names=arm.names, spread=arm.spread),
+                       exact_totals(arm.starts, arm.target_total)))
+    found = closest(problem)
+    return (found.distance, found.names) if found.distance > 1e-7 else (0.0, [])
+
+
 def feasibility(study: Study, estimand: str = "ATT") -> Feasibility:
     """What can be balanced, cluster by cluster and overall, without looking at the outcome.
 
@@ -670,23 +683,16 @@ def feasibility(study: Study, estimand: str = "ATT") -> Feasibility:
     low, high = (pick.reduceat(arm.x, arm.starts[:-1], axis=0) for pick in (np.minimum, np.maximum))
     slack = 1e-12 * np.maximum(np.abs(low), np.abs(high))
     frame.loc[~(lost | idle), "reachable"] = ((low - slack <= arm.target_mean) & (arm.target_mean <= high + slack)).sum(axis=1).astype(float)
-    whole = np.array([0, len(arm.rows)])
-    problem = Problem(BlockSums(np.zeros((len(arm.rows), 1)), whole, np.ones(1)), np.zeros((1, 1)), np.ones(len(arm.rows)),
-                      (exact_means(arm.x, arm.target_mean, arm.target_total, names=arm.names, spread=arm.spread), exact_totals(arm.starts, arm.target_total)))
-    found = closest(problem)
-    tolerance, conflicts = (0.0, []) if found.distance <= 1e-7 else (found.distance, found.names)
+    tolerance, conflicts = _closest_to_target(arm)
     notes = [f"{(~(lost | idle)).sum():,} of {len(frame):,} clusters have both arms."]
     if lost.any():
         notes.append(f"Within clusters, {(n1 if estimand == 'ATT' else n0)[lost].sum():,} target units in {counted(int(lost.sum()), 'cluster')} are lost.")
     notes.append("Exact global balance is possible within clusters." if not conflicts else
-                 f"Exact global balance is impossible within clusters, because of {listed(conflicts)}; the smallest tolerance is {tolerance:.2g} standard deviations.")
-    [arm_of_all], _, _ = arms(study, estimand, within=False)
-    everybody = replace(problem, constraints=(exact_means(arm_of_all.x, arm_of_all.target_mean, arm_of_all.target_total, names=arm_of_all.names,
-                                                          spread=arm_of_all.spread), exact_totals(arm_of_all.starts, arm_of_all.target_total)),
-                        balance=BlockSums(np.zeros((len(arm_of_all.rows), 1)), arm_of_all.starts, np.ones(1)), ridge=np.ones(len(arm_of_all.rows)))
-    across = closest(everybody)
-    notes.append("Across clusters it is possible." if across.distance <= 1e-7 else
-                 f"Across clusters, too, it is impossible, because of {listed(across.names)}: the smallest tolerance is {across.distance:.2g}.")
+                 f"Exact global balance is impossible within clusters, because of {listed(conflicts)}; the smallest tolerance is {tolerance:.2g} "
+                 "standard deviations.")
+    distance, names = _closest_to_target(arms(study, estimand, within=False)[0][0])
+    notes.append("Across clusters it is possible." if not names else
+                 f"Across clusters, too, it is impossible, because of {listed(names)}: the smallest tolerance is {distance:.2g}.")
     if study.constant_within:
         notes.append(f"{listed(study.constant_within)} do not vary within clusters: balanced by themselves where clusters are compared within, "
                      "ordinary covariates where they are not.")
