@@ -159,8 +159,7 @@ def test_panels_without_clusters_say_so():
 def test_cluster_averages_are_compared_like_any_covariate():
     "By handing the averages to a study as covariates."
     data = schools(n_schools=6)
-    s = np.where(data["school"] % 2, 1.0, 3.0)
-    data["s"] = s / s.mean()
+    data["s"] = np.random.default_rng(0).uniform(0.5, 3, len(data))
     data["average"] = data.groupby("school").apply(lambda d: pd.Series(np.average(d["age"], weights=d["s"]), d.index)).droplevel(0)
     study = pupils(data, covs=["age", "average"], sampling_weights="s")
     w = np.random.default_rng(1).exponential(size=study.n)
