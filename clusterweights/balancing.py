@@ -46,7 +46,7 @@ def balancing_weights(study: Study, *, estimand: str | None = None, target=None,
     with the covariates, or the means of all covariate columns, by name or in the order of `study.names`. tolerance : how many standard
     deviations a mean may miss its target by; "auto" is the smallest feasible, 0 (default) exact. bounds : of each weight, not below 0.
     max_share : the largest share of its arm's total that one unit may carry. cluster_weight : "units" or "clusters", whether each target unit
-    or each cluster counts the same. solver : "auto", "piqp" or "osqp". Variance is all there is to trade, so there is no `lam`.
+    or each cluster counts the same. solver : "auto", "structured", "piqp" or "osqp". Variance is all there is to trade, so there is no `lam`.
     Raises `InfeasibleError`, naming the covariates, if no weights reach the means.
     Source: Zubizarreta (2015); Ben-Michael, Feller & Keele (2026), Eq. 6 with all units in one cluster."""
     def one_arm(arm):

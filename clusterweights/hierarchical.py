@@ -30,7 +30,7 @@ def solve_hierarchical(x: np.ndarray, starts: np.ndarray, target_mean: np.ndarra
     scaling : "means" (Eq. 6) or "sums": ½Σ‖imbalance of sums‖² + (lam/2)Σγ²/n_g, n_g = units to be weighted + target_total.
     base : (n,) sampling weights (default 1); the ridge is divided by them. tolerance : on global balance, in units of `spread` (default: the
     standard deviations of x), or "auto", the smallest feasible. bounds : of each weight; max_share : the largest share of its cluster's
-    total that one unit may carry. names, labels : of features and clusters, for messages. solver : "auto", "piqp", "osqp".
+    total that one unit may carry. names, labels : of features and clusters, for messages. solver : "auto", "structured", "piqp" or "osqp".
     Raises `InfeasibleError` if global balance is impossible. Source: Ben-Michael, Feller & Keele (2026), Eq. 6."""
     if scaling not in ("means", "sums"):
         raise InputError(f"Unknown scaling {scaling!r}." + nearest(scaling, ["means", "sums"]))
@@ -127,7 +127,7 @@ def hierarchical_weights(study: Study, lam: float | str | Mapping[str, float] = 
     tolerance : how many standard deviations an overall mean may miss its target by; "auto" is the smallest feasible, 0 (default) exact.
     bounds : of each weight, not below 0. max_share : the largest share of its cluster's total that one unit may carry. cluster_weight : "units" or
     "clusters", whether each target unit or each cluster counts the same. standardize : divide covariates by their overall standard
-    deviation, so that their units do not matter (default); with False, a covariate counts by its own scale. solver : "auto", "piqp", "osqp".
+    deviation, so that their units do not matter (default); with False, a covariate counts by its own scale. solver : "auto", "structured", "piqp" or "osqp".
 
     Target units in clusters that lack an arm are left out with a `DroppedUnitsWarning`; units that have no target in their cluster get
     weight 0. Raises `InfeasibleError`, naming covariates and clusters, if global balance is impossible.

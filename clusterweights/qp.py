@@ -18,8 +18,8 @@ from .core import Certificate, InfeasibleError, InputError, SolverError, counted
 from .study import cluster_sums
 
 # %% auto #0
-__all__ = ['BlockSums', 'Constraint', 'Problem', 'centred', 'exact_means', 'exact_totals', 'certify', 'objective', 'Closest',
-           'closest', 'with_tolerance', 'block_bounds', 'Solution', 'solve']
+__all__ = ['SOLVERS', 'BlockSums', 'Constraint', 'Problem', 'centred', 'exact_means', 'exact_totals', 'certify', 'objective',
+           'Closest', 'closest', 'with_tolerance', 'block_bounds', 'Solution', 'solve', 'path']
 
 # %% ../nbs/05_qp.ipynb #0051d3c2
 @dataclass(frozen=True)
@@ -74,21 +74,29 @@ class Constraint:
 
 @dataclass(frozen=True)
 class Problem:
-    """Minimise ½‖balance(γ) − target‖² + ½ Σ ridge_i γ_i² subject to the constraints and lower ≤ γ ≤ upper.
+    """Minimise ½‖balance(γ) − target‖² + ½‖total_penalty(γ)‖² + ½ Σ ridge_i γ_i² subject to the constraints and lower ≤ γ ≤ upper.
 
-    balance : BlockSums with target (K, d). ridge : (n,) > 0. constraints : tuple. lower, upper : float or (n,)."""
+    balance : BlockSums with target (K, d). ridge : (n,) > 0. constraints : tuple. lower, upper : float or (n,). total_penalty : BlockSums or None;
+    sums, of clusters for example, that are drawn towards 0."""
     balance: BlockSums
     target: np.ndarray
     ridge: np.ndarray
     constraints: tuple[Constraint, ...]
     lower: np.ndarray | float = 0.0
     upper: np.ndarray | float = np.inf
+    total_penalty: BlockSums | None = None
+
+    @property
+    def penalties(self) -> list[tuple[BlockSums, np.ndarray]]:
+        "The sums whose squared distance from a target is minimised, and those targets."
+        extra = self.total_penalty
+        return [(self.balance, self.target)] + ([] if extra is None else [(extra, np.zeros((len(extra.scale), extra.x.shape[1])))])
 
     def __post_init__(self):
-        arrays = [self.balance.x, self.target, self.ridge, *(c.value for c in self.constraints)]
+        arrays = [self.ridge, *(v for s, target in self.penalties for v in (s.x, s.scale, target)), *(c.value for c in self.constraints)]
         if not all(np.isfinite(a).all() for a in arrays):
             raise InputError("The problem holds NaN or infinite numbers.")
-        for sums in (self.balance, *(c.sums for c in self.constraints)):
+        for sums in (*(s for s, _ in self.penalties), *(c.sums for c in self.constraints)):
             if sums.starts[0] != 0 or sums.starts[-1] != len(self.ridge) or not (np.diff(sums.starts) > 0).all() or len(sums.x) != len(self.ridge):
                 raise InputError("Blocks must cover all units, in order, and none may be empty.")
         if not (self.ridge > 0).all():
@@ -139,13 +147,15 @@ def certify(problem: Problem, weights: np.ndarray, multipliers: Sequence[np.ndar
         equality = max(equality, float((excess / _row_sizes(c, weights)).max()))
         linear += c.sums.adjoint(nu)
         dual -= float((nu * c.value + np.abs(nu) * c.slack).sum())
-    imbalance = p.balance(weights) - p.target
-    linear += p.balance.adjoint(imbalance)
+    for sums, target in p.penalties:
+        imbalance = sums(weights) - target
+        linear += sums.adjoint(imbalance)
+        dual -= 0.5 * float((imbalance**2).sum()) + float((imbalance * target).sum())
     best = np.clip(-linear / p.ridge, p.lower, p.upper)
-    dual += float((0.5 * p.ridge * best**2 + linear * best).sum() - 0.5 * (imbalance**2).sum() - (imbalance * p.target).sum())
+    dual += float((0.5 * p.ridge * best**2 + linear * best).sum())
     primal = objective(p, weights)
     return Certificate(equality=equality, bounds=float(np.maximum(p.lower - weights, weights - p.upper).max(initial=0.0) / scale),
-                       stationarity=float(np.abs(weights - best).max() / scale), gap=(primal - dual) / primal)
+                       stationarity=float(np.abs(weights - best).max() / scale), gap=(primal - dual) / (primal or 1.0))
 
 
 def _row_sizes(c: Constraint, weights: np.ndarray) -> np.ndarray:
@@ -156,9 +166,9 @@ def _row_sizes(c: Constraint, weights: np.ndarray) -> np.ndarray:
 
 
 def objective(problem: Problem, weights: np.ndarray) -> float:
-    "½‖balance(γ) − target‖² + ½ Σ ridge_i γ_i² at `weights`."
-    imbalance = problem.balance(weights) - problem.target
-    return 0.5 * float((imbalance**2).sum() + (problem.ridge * weights**2).sum())
+    "½‖balance(γ) − target‖² + ½‖total_penalty(γ)‖² + ½ Σ ridge_i γ_i² at `weights`."
+    misses = sum(float(((sums(weights) - target) ** 2).sum()) for sums, target in problem.penalties)
+    return 0.5 * (misses + float((problem.ridge * weights**2).sum()))
 
 # %% ../nbs/05_qp.ipynb #5f2889a8
 @dataclass(frozen=True)
@@ -185,7 +195,8 @@ def _scale(problem: Problem) -> _Scaled:
     row = np.where(row > 0, row, 1.0)
     e, slack = (np.concatenate([v.ravel() for v in values]) / row for values in
                 ([c.value for c in problem.constraints], [c.slack for c in problem.constraints]))
-    return _Scaled(sigma, middle**2, (problem.balance.matrix() @ sparse.diags(sigma)).tocsc(), problem.target.ravel(),
+    B = sparse.vstack([sums.matrix() for sums, _ in problem.penalties]) @ sparse.diags(sigma)
+    return _Scaled(sigma, middle**2, B.tocsc(), np.concatenate([target.ravel() for _, target in problem.penalties]),
                    (sparse.diags(1 / row) @ E).tocsc(), e, slack, row, problem.lower / sigma, problem.upper / sigma)
 
 
@@ -235,7 +246,8 @@ def _with_osqp(s: _Scaled) -> _Rough:
     return _Rough(result.x[:n].copy(), result.y[len(s.b):len(rhs)] / s.kappa, result.info.status, result.info.iter)
 
 
-_SOLVERS: dict[str, Callable] = {"piqp": _with_piqp, "osqp": _with_osqp}
+_LIBRARIES: dict[str, Callable] = {"piqp": _with_piqp, "osqp": _with_osqp}
+SOLVERS = ("structured", *_LIBRARIES)
 
 # %% ../nbs/05_qp.ipynb #a4d85594
 _DELTA = 1e-9        # regularisation of the constraint block; its effect is refined away
@@ -442,37 +454,67 @@ class Solution:
     tolerance: float = 0.0
 
     def __str__(self) -> str:
-        return f"{self.solver}, {self.status} in {counted(self.iterations, 'iteration')} and {counted(self.steps, 'polishing step')}; {self.certificate}"
+        polished = f" and {counted(self.steps, 'polishing step')}" if self.steps else ""
+        return f"{self.solver}, {self.status} in {counted(self.iterations, 'iteration')}{polished}; {self.certificate}"
 
 
-def _attempt(problem: Problem, scaled: _Scaled, name: str) -> tuple[Solution | None, str]:
-    "One library's answer, polished and with its certificate (None if there was nothing to polish), and its status."
-    start = time.perf_counter()
-    rough = _SOLVERS[name](scaled)
+def _solution(problem: Problem, weights: np.ndarray, multipliers: Sequence[np.ndarray], how: tuple, begin: float) -> Solution:
+    "An answer with its certificate; how : solver, status, iterations, polishing steps."
+    return Solution(weights, tuple(multipliers), certify(problem, weights, multipliers), *how, objective(problem, weights),
+                    time.perf_counter() - begin, _largest_tolerance(problem))
+
+
+def _own(problem: Problem, start: Solution | None = None) -> tuple[Solution | None, str]:
+    "The answer of our own solver (None if it does not fit the problem), and its status."
+    from clusterweights.structured import Newton
+    begin = time.perf_counter()
+    try:
+        newton = Newton(problem)
+    except NotImplementedError as error:
+        return None, str(error)
+    duals = None if start is None else [sums(start.weights) - target for sums, target in problem.penalties] + list(start.multipliers)
+    result = newton.run(start=duals)
+    status = "solved" if result.converged else "stopped"
+    return _solution(problem, result.weights, result.multipliers, ("structured", status, result.steps, 0), begin), status
+
+
+def _library(problem: Problem, name: str) -> tuple[Solution | None, str]:
+    "A library's answer, polished (None if there was nothing to polish), and its status."
+    begin, scaled = time.perf_counter(), _scale(problem)
+    rough = _LIBRARIES[name](scaled)
     if "infeasible" in rough.status or not np.isfinite(rough.p).all():
         return None, rough.status
     p, duals, steps = _polish(scaled, rough.p, rough.nu)
-    weights = np.clip(p * scaled.sigma, problem.lower, problem.upper)
     values = duals * scaled.kappa / scaled.row
     splits = np.cumsum([c.value.size for c in problem.constraints])[:-1]
-    multipliers = tuple(v.reshape(c.value.shape) for v, c in zip(np.split(values, splits), problem.constraints))
-    return Solution(weights, multipliers, certify(problem, weights, multipliers), name, rough.status, rough.iterations, steps,
-                    objective(problem, weights), time.perf_counter() - start, _largest_tolerance(problem)), rough.status
+    multipliers = [v.reshape(c.value.shape) for v, c in zip(np.split(values, splits), problem.constraints)]
+    weights = np.clip(p * scaled.sigma, problem.lower, problem.upper)
+    return _solution(problem, weights, multipliers, (name, rough.status, rough.iterations, steps), begin), rough.status
 
 
-def solve(problem: Problem, solver: str = "auto") -> Solution:
+def _attempt(problem: Problem, name: str, start: Solution | None) -> tuple[Solution | None, str]:
+    try:
+        return _own(problem, start) if name == "structured" else _library(problem, name)
+    except ImportError:
+        return None, "not installed"
+
+
+def solve(problem: Problem, solver: str = "auto", start: Solution | None = None) -> Solution:
     """Solve a balancing problem and certify the answer.
 
-    solver : "auto" (PIQP, then OSQP), "piqp" or "osqp".
+    solver : "auto" ("structured", and if it fails the libraries that are installed), "structured", "piqp" or "osqp". start : the solution of a similar problem with
+    the same units and rows, where the structured solver begins.
     Raises `InfeasibleError` if no weights satisfy the constraints, with the names of those in conflict; `SolverError`, with
-    the best attempt attached, if no library leads to an answer within `TOLERANCES`."""
-    if not isinstance(solver, str) or solver not in ("auto", *_SOLVERS):
-        raise InputError(f"Unknown solver {solver!r}." + nearest(solver, ["auto", *_SOLVERS]))
-    scaled, attempts, words, found = _scale(problem), [], {}, None
-    for name in _SOLVERS if solver == "auto" else [solver]:
-        attempt, words[name] = _attempt(problem, scaled, name)
+    the best attempt attached, if no solver leads to an answer within `TOLERANCES`; `InputError` for a solver that is unknown or not installed."""
+    if not isinstance(solver, str) or solver not in ("auto", *SOLVERS):
+        raise InputError(f"Unknown solver {solver!r}." + nearest(solver, ["auto", *SOLVERS]))
+    attempts, words, found = [], {}, None
+    for name in SOLVERS if solver == "auto" else [solver]:
+        attempt, words[name] = _attempt(problem, name, start)
         if attempt is not None and attempt.certificate.ok:
             return attempt
+        if words[name] == "not installed" and solver != "auto":
+            raise InputError(f"The solver {name} is not installed: pip install {name}, or choose solver='structured'.")
         attempts += [attempt] if attempt is not None else []
         found = found or closest(problem)
         if found.distance > _largest_tolerance(problem) + _FEASIBLE:
@@ -481,3 +523,16 @@ def solve(problem: Problem, solver: str = "auto") -> Solution:
     said = "; ".join(f"{name}: {word}" for name, word in words.items())
     raise SolverError(f"No solver reached a certified answer ({said}; best attempt {best and best.certificate}). A larger lam, "
                       "fewer covariates, or dropping one of two that are nearly the same make the problem easier.", best)
+
+# %% ../nbs/05_qp.ipynb #0167a740
+def path(problem: Problem, lams: Sequence[float]) -> list[Solution]:
+    "Solutions with every ridge multiplied by each of `lams` (positive numbers), in their order; fastest if they are sorted, the largest first. Raises as `solve`."
+    from clusterweights.structured import Newton
+    newton, duals, solutions = Newton(problem), None, []
+    for lam in lams:
+        begin, scaled = time.perf_counter(), replace(problem, ridge=lam * problem.ridge)
+        result = newton.run(lam, duals)
+        found = _solution(scaled, result.weights, result.multipliers, ("structured", "solved", result.steps, 0), begin)
+        duals = result.duals if found.certificate.ok else None
+        solutions.append(found if found.certificate.ok else solve(scaled))
+    return solutions

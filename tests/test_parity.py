@@ -19,7 +19,7 @@ def balancer():
     return data, exact
 
 
-@pytest.mark.parametrize("solver", ["auto", "piqp", "osqp"])
+@pytest.mark.parametrize("solver", ["structured", "piqp", "osqp"])
 @pytest.mark.parametrize("lam", [1, 10])
 def test_hierarchical_weights_of_balancer(balancer, lam, solver):
     data, exact = balancer

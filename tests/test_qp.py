@@ -1,5 +1,6 @@
 """Certificates by hand, optima by hand and by scipy, and what happens when a library or the problem fails."""
 
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -62,14 +63,14 @@ def test_a_multiplier_for_a_tolerance_that_is_not_used_up_opens_a_gap():
 # --- optima -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("solver", ["piqp", "osqp"])
+@pytest.mark.parametrize("solver", ["structured", "piqp", "osqp"])
 def test_bounds_by_hand(solver):
     ridge = np.array([1, 1, 1, 9.0])
     assert_allclose(solve(four(lower=2.0, ridge=ridge), solver).weights, [8 / 3] * 3 + [2], atol=1e-12)
     assert_allclose(solve(four(upper=3.0, ridge=ridge), solver).weights, [3, 3, 3, 1], atol=1e-12)
 
 
-@pytest.mark.parametrize("solver", ["piqp", "osqp"])
+@pytest.mark.parametrize("solver", ["structured", "piqp", "osqp"])
 @pytest.mark.parametrize("value, tolerance, weights", [
     (5, 0.2, [1.75, 3.25, 1.75, 3.25]), (-5, 0.2, [3.25, 1.75, 3.25, 1.75]), (5, 0.0, [1.25, 3.75, 1.25, 3.75]), (5, 0.7, [2.5] * 4)])
 def test_tolerances_by_hand(solver, value, tolerance, weights):
@@ -246,18 +247,49 @@ def fails(scaled):
     return qp._Rough(np.full(4, np.nan), np.zeros(1), "numerics", 1)
 
 
-def test_the_second_library_steps_in(monkeypatch):
-    monkeypatch.setattr(qp, "_SOLVERS", {"piqp": fails, "osqp": qp._SOLVERS["osqp"]})
+@pytest.fixture
+def only_libraries(monkeypatch):
+    "Our own solver gives up, and the libraries are what the test puts in their place."
+    monkeypatch.setattr(qp, "_own", lambda problem, start: (None, "stopped"))
+    return lambda **libraries: monkeypatch.setattr(qp, "_LIBRARIES", qp._LIBRARIES | libraries)
+
+
+def test_the_libraries_step_in(only_libraries):
+    solution = solve(four())
+    assert solution.solver == "piqp"
+    assert_allclose(solution.weights, 2.5, atol=1e-12)
+
+
+def test_the_second_library_steps_in(only_libraries):
+    only_libraries(piqp=fails)
     solution = solve(four())
     assert solution.solver == "osqp"
     assert_allclose(solution.weights, 2.5, atol=1e-12)
 
 
-def test_no_answer_at_all_is_an_error(monkeypatch):
-    monkeypatch.setattr(qp, "_SOLVERS", {"piqp": fails})
-    with pytest.raises(SolverError, match="piqp: numerics") as e:
+def test_no_answer_at_all_is_an_error(only_libraries):
+    only_libraries(piqp=fails, osqp=fails)
+    with pytest.raises(SolverError, match="structured: stopped; piqp: numerics; osqp: numerics") as e:
         solve(four())
     assert e.value.solution is None
+
+
+def test_sums_over_different_blocks_are_left_to_the_libraries():
+    halves, thirds = (BlockSums(np.ones((6, 1)), np.arange(0, 7, size), np.ones(6 // size)) for size in (3, 2))
+    problem = Problem(halves, np.array([[1.0], [3.0]]), np.ones(6), (Constraint(thirds, np.array([[1.0], [1], [2]]), "total", range(3)),))
+    assert solve(problem).solver == "piqp"
+    with pytest.raises(SolverError, match="different partitions"):
+        solve(problem, "structured")
+
+
+@pytest.mark.parametrize("missing", ["piqp", "osqp"])
+def test_a_library_that_is_not_installed(monkeypatch, missing):
+    monkeypatch.setitem(sys.modules, missing, None)  # an import then fails
+    assert solve(four()).solver == "structured"
+    with pytest.raises(InputError, match=f"{missing} is not installed"):
+        solve(four(), missing)
+    monkeypatch.setattr(qp, "_own", lambda problem, start: (None, "stopped"))
+    assert solve(four()).solver == ({"piqp", "osqp"} - {missing}).pop()
 
 
 def test_an_answer_without_certificate_is_an_error(monkeypatch):
@@ -267,10 +299,10 @@ def test_an_answer_without_certificate_is_an_error(monkeypatch):
     assert_allclose(e.value.solution.weights, 2.5, atol=1e-9)
 
 
-def test_a_library_that_wrongly_says_infeasible_is_not_believed(monkeypatch):
+def test_a_library_that_wrongly_says_infeasible_is_not_believed(only_libraries):
     def wrong(scaled):
         return qp._Rough(np.zeros(4), np.zeros(1), "primal infeasible", 1)
-    monkeypatch.setattr(qp, "_SOLVERS", {"piqp": wrong, "osqp": qp._SOLVERS["osqp"]})
+    only_libraries(piqp=wrong)
     assert solve(four()).solver == "osqp"
 
 
