@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from .qp import BlockSums, Problem
 
 # %% auto #0
-__all__ = ['Arrow', 'flatten', 'unflatten', 'row_sums', 'index', 'weigh', 'diagonal', 'eliminate', 'newton_step', 'line_search',
+__all__ = ['Arrow', 'flatten', 'unflatten', 'row_sums', 'index', 'reweigh', 'diagonal', 'eliminate', 'newton_step', 'line_search',
            'NewtonResult', 'Newton']
 
 # %% ../nbs/06_structured.ipynb #2a9f5ed7
@@ -139,7 +139,7 @@ def index(arrow: Arrow, y: np.ndarray) -> np.ndarray:
     return out
 
 # %% ../nbs/06_structured.ipynb #0a10cd04
-def weigh(arrow: Arrow, w: np.ndarray) -> None:
+def reweigh(arrow: Arrow, w: np.ndarray) -> None:
     "Bring the products of the rows under the (n,) weights `w` up to date, where these have changed."
     changed = np.ones(len(w), dtype=bool) if arrow.w is None else w != arrow.w
     if arrow.r:
@@ -278,7 +278,7 @@ class Newton:
         self.soft = flat(np.ones_like, lambda c: np.zeros_like(c.value))
         self.slack = flat(np.zeros_like, lambda c: np.asarray(c.slack))
         self.ridge, self.lower, self.upper = (np.broadcast_to(v, problem.n)[self.arrow.units] for v in (problem.ridge, problem.lower, problem.upper))
-        weigh(self.arrow, 1 / self.ridge)
+        reweigh(self.arrow, 1 / self.ridge)
         size = diagonal(self.arrow)
         self.small = np.where(self.soft > 0, 0.0, _TOTALS_RIDGE * np.where(size > 0, size, 1.0))
 
@@ -340,7 +340,7 @@ def _ascend(self: Newton, lam: float, start: Sequence[np.ndarray] | None) -> New
     width = np.full(len(y), np.inf) if start is None else self.widths(y)       # at first, tolerated rows are exact
     inside, history, rounds, converged = np.zeros(len(y), dtype=bool), [], 0, False
     while len(history) < _MOST_STEPS and not converged and np.abs(y).max(initial=0.0) < _DIVERGED:
-        weigh(arrow, w)
+        reweigh(arrow, w)
         eliminate(arrow, soft + self.small + np.where(inside, 1 / width, 0.0))
         missed = np.where(loose, np.clip(y / width, -self.slack, self.slack), 0.0)
         gradient = row_sums(arrow, np.clip(z, self.lower, self.upper)) - self.value - soft * y - missed
