@@ -204,10 +204,10 @@ class Table:
 
 # %% ../nbs/00_core.ipynb #f977aae1
 def interval_plot(labels: Sequence[str], point, low=None, high=None, *, ax=None, label: str | None = None,
-                  filled: bool = True, shift: float = 0.0, reference: float | None = 0.0):
+                  filled: bool = True, marker: str = "o", shift: float = 0.0, reference: float | None = 0.0):
     """Draw one row per label, first at the top: a dot at `point`, a bar from `low` to `high` (if given); return the Axes.
 
-    point, low, high : one number per label. label : of the series, for a legend. filled : False for hollow dots.
+    point, low, high : one number per label. label : of the series, for a legend. filled : False for hollow dots. marker : their shape.
     `shift` moves the series down by a part of a row, so that a second call on the same `ax` adds a second series.
     `reference` draws a dashed vertical line (None for no line). Rows with a missing `point` stay empty."""
     if ax is None:
@@ -216,7 +216,7 @@ def interval_plot(labels: Sequence[str], point, low=None, high=None, *, ax=None,
     rows = np.arange(len(labels)) + shift
     if low is not None:
         ax.hlines(rows, low, high, color="black", linewidth=1.2)
-    ax.plot(point, rows, "o", color="black", markerfacecolor="black" if filled else "white", markersize=6, label=label)
+    ax.plot(point, rows, marker, color="black", markerfacecolor="black" if filled else "white", markersize=6, label=label)
     if reference is not None:
         ax.axvline(reference, color="grey", linestyle="--", linewidth=1)
     ax.set_yticks(np.arange(len(labels)), labels, parse_math=False)      # a dollar sign in a column's name is no formula

@@ -330,6 +330,20 @@ class Weights:
         return {arm: group_mask(self.study, arm) for arm in WEIGHTED_ARMS[self.estimand]}
 
     @property
+    def gaps(self) -> dict[str, np.ndarray]:
+        """For each mean that is weighted, (n,) each unit's share of the arm's weights minus its share of the target, in the study's order: how far the weights are from
+        what they stand for. Raises `InputError` for a target from outside, whose units are not in the study."""
+        if self.outside is not None:
+            raise InputError("The target comes from outside, so its units cannot be compared one by one with those of the study.")
+        study, kept, gaps = self.study, self.reason == "", {}
+        for arm, group in WEIGHTED_ARMS[self.estimand].items():
+            own = group_mask(study, arm)
+            goal = (np.where(own, 0.0, self.in_order) if self.estimand == "ATO" else                       # the arms stand for each other
+                    target_weights(study, group_mask(study, group) & kept, self.params.get("cluster_weight", "units")))
+            gaps[arm] = np.where(own, self.in_order, 0.0) / self.in_order[own].sum() - goal / goal.sum()
+        return {"controls": gaps["controls"]} if self.estimand == "ATO" else gaps
+
+    @property
     def target(self) -> Target:
         "Whom the estimate speaks of."
         if self.outside is not None:
@@ -598,6 +612,29 @@ def unadjusted_weights(study: Study, *, estimand: str | None = None, cluster_wei
         own = target_weights(study, group_mask(study, arm.name), cluster_weight)[arm.rows]
         return own * arm.target_total.sum() / own.sum()
     return weigh(study, "unadjusted", one_arm, {"estimand": estimand, "cluster_weight": cluster_weight}, within=False)
+
+# %% ../nbs/08_weights.ipynb #201778ad
+@patch
+def plot(self: Weights, axes=None):
+    "Histogram of each weighted arm's weights, in multiples of their mean; returns an array of Axes, one for each weighted arm."
+    masks = {arm: mask & (self.reason == "") for arm, mask in self.weighted_arms.items()}
+    if axes is None:
+        import matplotlib.pyplot as plt
+        _, axes = plt.subplots(1, len(masks), figsize=(1 + 5 * len(masks), 3.2), squeeze=False, layout="constrained")
+    axes = np.atleast_1d(axes).ravel()
+    for ax, (arm, mask) in zip(axes, masks.items()):
+        w = self.in_order[mask] / self.in_order[mask].mean()
+        zeros, top = int((w == 0).sum()), w.max()
+        note = f"{counted(zeros, 'unit')} with weight 0" if zeros else "no unit with weight 0"
+        ax.hist(w[w > 0], bins=np.linspace(0, max(top, 2.0), 51), color="0.75", edgecolor="black", linewidth=0.5, log=True,
+                label=f"{note}\nlargest: {top:.1f} times the mean")
+        ax.axvline(1, color="black", linestyle="--", linewidth=1, label="equal weights")
+        ax.set(xlabel="weight, in multiples of the mean", ylabel=f"number of {arm} (log scale)", xlim=(0, None), ylim=(0.7, None),
+               title=f"{arm}: {mask.sum():,} units, effective sample size {ess(w):,.0f}")
+        ax.title.set_fontsize("medium")
+        ax.legend(loc="upper right", fontsize="small")
+        ax.spines[["top", "right"]].set_visible(False)
+    return axes
 
 # %% ../nbs/08_weights.ipynb #a18a51ee
 def resolve_lam(study: Study, estimand: str, lam, *, within: bool) -> dict[str, float]:
