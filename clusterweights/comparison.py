@@ -276,7 +276,7 @@ svg text { font-family: inherit !important }
   thead { display: table-header-group }
   .wide { overflow: visible }
   table, .small, figcaption { font-size: 8pt }
-  th, td { padding-right: .35rem }
+  th, td { padding-right: .45rem }
   table.words td { min-width: 0 }
   svg { min-width: 0 !important }
 }"""
@@ -321,7 +321,7 @@ def _html_table(cells: pd.DataFrame, caption: str, notes: Sequence[str] = (), *,
     kind = "words" if words else "numbers"
     return (f'<div class="wide" role="region" tabindex="0" aria-label="{_text(caption)}"><table class="{kind}">\n'
             f"<caption>{_text(caption)}</caption>\n{head}\n<tbody>\n{rows}</tbody></table></div>\n"
-            + "".join(f'<p class="small">{_text(note)}</p>\n' for note in notes))
+            + (f'<p class="small">{_text(" ".join(notes))}</p>\n' if notes else ""))
 
 
 def _items(lines: Sequence[str]) -> str: return "<ul>\n" + "".join(f"<li>{_text(line)}</li>\n" for line in lines) + "</ul>\n"
@@ -342,7 +342,7 @@ def _inline(svg: str, prefix: str, alt: str) -> str:
     for parent in list(root.iter()):
         for child in [child for child in parent if child.tag in ("metadata", "style")]:
             parent.remove(child)
-    root.attrib |= {"role": "img", "aria-label": alt, "style": f"min-width: {0.62 * float(root.get('width').removesuffix('pt')):.0f}pt"}
+    root.attrib |= {"role": "img", "aria-label": alt, "style": f"min-width: {0.75 * float(root.get('width').removesuffix('pt')):.0f}pt"}
     return ElementTree.tostring(root, encoding="unicode")
 
 
@@ -354,7 +354,7 @@ def _figure(prefix: str, draw: Callable, size: tuple[float, float], alt: str, ca
     with matplotlib.rc_context(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")          # the browser has fonts that matplotlib lacks
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "clusterweights"})
+        matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "clusterweights", "font.size": 9})
         figure, svg = Figure(figsize=size, layout="constrained"), StringIO()
         draw(figure)
         for ax in figure.axes:
@@ -386,7 +386,7 @@ def _study_section(c: Comparison) -> str:
     alt = (f"One dot for each of {counted(study.n_clusters, 'cluster')}: {sizes.min():,} to {sizes.max():,} units, share of {who} {share.min():.0%} to {share.max():.0%}, "
            f"{study.treat.mean():.0%} overall; {((share == 0) | (share == 1)).sum():,} without one of the arms.")
     return (_html_table(about.facts.cells(), about.facts.title, words=True) + _html_table(about.variables.cells(), about.variables.title, about.variables.notes)
-            + _figure("clusters-", lambda figure: study.plot(figure.subplots()), (6, 3.5), alt, f"Share of {who} in each cluster, against its size."))
+            + _figure("clusters-", lambda figure: study.plot(figure.subplots()), (5.5, 3.2), alt, f"Share of {who} in each cluster, against its size."))
 
 
 def _left_out(weights: Weights) -> str:
@@ -433,7 +433,7 @@ def _results_section(c: Comparison) -> str:
         return _html_table(table.cells().T, table.title, table.notes) + "<p>No method gave an estimate, so there is nothing to draw.</p>\n"
     alt = "Forest plot. " + " ".join(_estimates(c)[:len(c.weights)])
     return (_html_table(table.cells().T, table.title, table.notes)
-            + _figure("forest-", lambda figure: c.plot(figure.subplots()), (6.5, 0.9 + 0.32 * len(c.table)), alt,
+            + _figure("forest-", lambda figure: c.plot(figure.subplots()), (5.5, 0.8 + 0.27 * len(c.table)), alt,
                       f"Estimates with {100 * c.level:g}% intervals" + ("" if c.study.level == "survey" else "; the dashed line is no effect")
                       + ". Whether two intervals overlap is no test of their difference."))
 
@@ -441,25 +441,45 @@ def _results_section(c: Comparison) -> str:
 def _changes(balance: Balance) -> bool:
     "Whether weighting changes the balance at all."
     t = balance.table
-    return any(not np.allclose(t[column], t[f"{column}, weighted"], rtol=0, atol=1e-9, equal_nan=True) for column in ("SMD", "local L2"))
+    return any(not np.allclose(t[column], t[f"{column}, weighted"], rtol=0, atol=1e-9, equal_nan=True) for column in ("SMD", "cluster SMD", "local L2"))
 
 
 def _love_plot(prefix: str, balance: Balance, label: str) -> str:
+    rows = min(len(balance.names), 40)
     largest = {when: f"{balance.table[column].abs().max():.2f}" for when, column in (("before", "SMD"), ("after", "SMD, weighted"))}
     local = balance.l2.loc["local"]
-    alt = (f"Love plot, {label}. Largest absolute standardised difference over the whole sample: {largest['before']} before, {largest['after']} after weighting. "
+    alt = (f"Love plot, {label}. Largest absolute standardised difference between units: {largest['before']} before, {largest['after']} after weighting. "
            + (f"Root mean square within clusters: {local['before']:.2f} before, {local['after']:.2f} after." if np.isfinite(local["after"]) else ""))
-    return _figure(prefix, lambda figure: balance.plot(figure.subplots(1, 2, sharex=True, sharey=True)), (9, 1.3 + 0.32 * len(balance.names)), alt,
-                   f"{label}: balance before (hollow) and after weighting (filled). Left of the dashed line, 0.1, differences over the whole sample are commonly "
-                   "called negligible.")
+
+    def draw(figure):
+        axes = balance.plot(figure.subplots(1, 3, sharey=True))
+        axes[0].get_legend().remove()                   # which would hide dots
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    return _figure(prefix, draw, (7.5, 1.4 + 0.27 * rows), alt,
+                   f"{label}: balance before and after weighting, of cluster averages, of units, and of units within their cluster (mean over clusters, with a bar from the 10th to the "
+                   "90th percentile). For units, a difference below 0.1, the dashed line, is commonly called negligible; in small clusters chance alone gives more.")
+
+
+def _weights_plot(prefix: str, weights: Weights, label: str) -> str:
+    said = []
+    for arm, mask in weights.weighted_arms.items():
+        w = weights.in_order[mask & (weights.reason == "")]
+        said.append(f"{len(w):,} {arm}, {(w == 0).sum():,} of them with weight 0, the largest weight {w.max() / w.mean():.1f} times the mean")
+
+    def draw(figure):
+        for ax in weights.plot(figure.subplots(1, len(said), squeeze=False)):
+            ax.get_legend().remove()                    # which would hide bars; the caption says it
+    return _figure(prefix, draw, (7.5 if len(said) > 1 else 4.5, 2.5), f"Histogram of weights, {label}.",
+                   f"{label}: weights in multiples of their mean; the dashed line is equal weights. " + "; ".join(said) + ".")
 
 
 def _balance_section(c: Comparison) -> str:
     out = ""
     for name, balance in c.balances.items():
         label, table = METHODS[name].label, balance.summary()
-        out += f"<h3>{_text(label)}</h3>\n" + (_love_plot(f"love-{name}-", balance, label) if _changes(balance) else
-                                               "<p>The weights leave the balance as it was before weighting.</p>\n")
+        out += f"<h3>{_text(label)}</h3>\n" + (
+            _love_plot(f"love-{name}-", balance, label) + _weights_plot(f"weights-{name}-", c.weights[name], label) if _changes(balance) else
+            "<p>The weights leave the balance as it was before weighting.</p>\n")
         out += _html_table(table.cells(), f"Balance, {label}", table.notes)
     return out or "<p>There are no weights.</p>\n"
 
