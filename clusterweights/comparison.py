@@ -328,6 +328,7 @@ def _items(lines: Sequence[str]) -> str: return "<ul>\n" + "".join(f"<li>{_text(
 
 # %% ../nbs/20_comparison.ipynb #f7522bfe
 _MANY = 2000       # so many points are stored as a picture: as shapes they would fill megabytes
+_LONG = 34         # names with more letters would leave no room for the figure; tables have them in full
 
 
 def _inline(svg: str, prefix: str, alt: str) -> str:
@@ -346,6 +347,16 @@ def _inline(svg: str, prefix: str, alt: str) -> str:
     return ElementTree.tostring(root, encoding="unicode")
 
 
+def _tame(ax, width: int) -> None:
+    "Labels made of names from the data: no formulas, at most two lines of `width` letters, and names beside an axis shortened in their middle."
+    for label in (ax.title, ax.xaxis.label, ax.yaxis.label):
+        label.set_parse_math(False)
+    ax.set_xlabel(textwrap.fill(ax.get_xlabel(), width, max_lines=2, placeholder=" …"))
+    names = [tick.get_text() for tick in ax.get_yticklabels()]
+    if max(map(len, names), default=0) > _LONG:
+        ax.set_yticks(ax.get_yticks(), [n if len(n) <= _LONG else f"{n[:_LONG // 2]}…{n[-_LONG // 2:]}" for n in names], parse_math=False)
+
+
 def _figure(prefix: str, draw: Callable, size: tuple[float, float], alt: str, caption: str) -> str:
     "A figure of `size` inches that `draw` fills, drawn without touching the caller's figures, settings or backend."
     import matplotlib
@@ -358,8 +369,7 @@ def _figure(prefix: str, draw: Callable, size: tuple[float, float], alt: str, ca
         figure, svg = Figure(figsize=size, layout="constrained"), StringIO()
         draw(figure)
         for ax in figure.axes:
-            for label in (ax.title, ax.xaxis.label, ax.yaxis.label):       # a dollar sign in a column's name is no formula
-                label.set_parse_math(False)
+            _tame(ax, round(10 * size[0]))
         for line in figure.findobj(lambda part: isinstance(part, Line2D) and len(part.get_xdata()) > _MANY):
             line.set_rasterized(True)
         figure.savefig(svg, format="svg")
