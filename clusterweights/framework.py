@@ -17,8 +17,8 @@ from .study import Study, cluster_sums
 
 # %% auto #0
 __all__ = ['bias_terms', 'Decomposition', 'decompose', 'worst_case', 'arm_moments', 'standardized_differences',
-           'root_mean_square', 'ess', 'Balance', 'balance', 'compare_groups', 'love_plot', 'treatment_chances',
-           'plot_overlap']
+           'root_mean_square', 'ess', 'Balance', 'balance', 'compare_groups', 'balance_of', 'love_plot',
+           'treatment_chances', 'plot_overlap']
 
 # %% ../nbs/02_framework.ipynb #6f3b8ce1
 def bias_terms(gap: np.ndarray, levels: np.ndarray, common: np.ndarray, departures: np.ndarray) -> np.ndarray:
@@ -273,6 +273,20 @@ def compare_groups(study: Study, names: tuple[str, str], before: tuple[np.ndarra
     sizes = pd.DataFrame({"units": [int((w > 0).sum()) for w in after], "before": [ess(w) for w in before], "after": [ess(w) for w in after]},
                          index=list(names))
     return Balance(table, l2, sizes, local_before, local_after, _undefined(study.starts, before, after, names), study.names, study.labels)
+
+# %% ../nbs/02_framework.ipynb #430f4ef5
+def balance_of(study: Study, weights: np.ndarray) -> Balance:
+    """The balance of weights made elsewhere, compared with the sampling weights alone.
+
+    weights : one number, 0 or more, for each row of the data, in the caller's row order; they should contain the sampling weights, if there are any. In a survey
+    respondents are held against the full sample. Raises `InputError` for other numbers and for an arm without weight."""
+    w, s, treat = study.from_rows(np.asarray(weights, dtype=float)), study.sampling_weights, study.treat
+    if w.ndim != 1 or not (np.isfinite(w).all() and (w >= 0).all()):
+        raise InputError("weights must be one number, 0 or more, for each row of the data.")
+    survey = study.level == "survey"
+    if not (w[treat] > 0).any() or not (survey or (w[~treat] > 0).any()):
+        raise InputError("One of the arms has no weight at all.")
+    return compare_groups(study, ("full sample", "respondents"), (s, s * treat), (s, w * treat)) if survey else balance(study, w, s)
 
 # %% ../nbs/02_framework.ipynb #08466aef
 _MOST_ROWS = 40

@@ -610,9 +610,10 @@ def describe(self: Study) -> Description:
 @patch
 def plot(self: Study, ax=None):
     "Share of treated units against cluster size, one dot a cluster; hollow where an arm is missing. Returns the Axes."
+    figure = None
     if ax is None:
         import matplotlib.pyplot as plt
-        _, ax = plt.subplots(figsize=(6, 3.5), layout="constrained")
+        figure, ax = plt.subplots(figsize=(6, 3.8), layout="constrained")
     sizes, share = self.n_treated + self.n_controls, self.n_treated / (self.n_treated + self.n_controls)
     both = (share > 0) & (share < 1)
     ax.plot(sizes[both], share[both], "o", color="black", alpha=0.6, markersize=5, label=f"both arms ({both.sum()})")
@@ -620,5 +621,8 @@ def plot(self: Study, ax=None):
         ax.plot(sizes[~both], share[~both], "o", color="black", markerfacecolor="white", markersize=5, label=f"one arm missing ({(~both).sum()})")
     ax.axhline(self.treat.mean(), color="grey", linestyle="--", linewidth=1, label="overall share")
     ax.set(xlabel=f"units in the cluster ({self.columns['cluster']})", ylabel="share treated", ylim=(-0.04, 1.04))
-    ax.legend()
+    if figure is None:
+        ax.legend(loc="best", fontsize="small")
+    else:                                                # a legend inside would hide clusters
+        figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize="small")
     return ax
