@@ -220,7 +220,8 @@ def _add_options(command: argparse.ArgumentParser) -> None:
                      help="the price of uneven weights: small for balance within clusters, large for even weights (default auto)")
     how.add_argument("--tolerance", type=_number("0, a positive number or auto", lambda v: 0 <= v < float("inf"), "auto"), metavar="NUMBER|auto",
                      help="standard deviations by which overall means may differ; auto: the smallest that is possible (default 0)")
-    how.add_argument("--level", type=_number("between 0 and 1", lambda v: 0 < v < 1), default=0.95, metavar="NUMBER", help="of the intervals (default 0.95)")
+    how.add_argument("--level", type=_number("between 0 and 1", lambda v: 0 < v < 1), default=0.95, metavar="NUMBER",
+                     help="of the intervals (default 0.95)")
     files = command.add_argument_group("what to write")
     files.add_argument("--out", metavar="FILE", help="a report (HTML)")
     files.add_argument("--weights", metavar="FILE", help="the weights of each method, one row for each row of the data (CSV)")

@@ -43,8 +43,8 @@ class Comparison:
     failed, and why.
 
     Columns of `table`: label, estimate, std_error, conf_low, conf_high, ess_treated, ess_controls, ess_respondents, l2_global, l2_local
-    (after weighting), global_reduction, local_reduction (percent), units, clusters (target units kept, and their clusters), status. level : of the intervals.
-    estimand : what is estimated.
+    (after weighting), global_reduction, local_reduction (percent), units, clusters (target units kept, and their clusters), status.
+    level : of the intervals. estimand : what is estimated.
     ignored : options that change whom an estimate speaks of and that a method does not have. warnings : those that a method gave."""
     study: Study
     table: pd.DataFrame
@@ -357,6 +357,12 @@ def _tame(ax, width: int) -> None:
         ax.set_yticks(ax.get_yticks(), [n if len(n) <= _LONG else f"{n[:_LONG // 2]}…{n[-_LONG // 2:]}" for n in names], parse_math=False)
 
 
+def _legend_below(ax) -> None:
+    "Move the legend out of the axes, where it could hide something."
+    ax.get_legend().remove()
+    ax.figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+
+
 def _figure(prefix: str, draw: Callable, size: tuple[float, float], alt: str, caption: str) -> str:
     "A figure of `size` inches that `draw` fills, drawn without touching the caller's figures, settings or backend."
     import matplotlib
@@ -373,13 +379,16 @@ def _figure(prefix: str, draw: Callable, size: tuple[float, float], alt: str, ca
         for line in figure.findobj(lambda part: isinstance(part, Line2D) and len(part.get_xdata()) > _MANY):
             line.set_rasterized(True)
         figure.savefig(svg, format="svg")
-    return (f'<figure>\n<div class="wide" role="region" tabindex="0" aria-label="Figure: {_text(caption)}">{_inline(svg.getvalue(), prefix, alt)}</div>\n'
-            f"<figcaption>{_text(caption)}</figcaption>\n</figure>\n")
+    scrolls = f'<div class="wide" role="region" tabindex="0" aria-label="Figure: {_text(caption)}">{_inline(svg.getvalue(), prefix, alt)}</div>'
+    return f"<figure>\n{scrolls}\n<figcaption>{_text(caption)}</figcaption>\n</figure>\n"
 
 # %% ../nbs/20_comparison.ipynb #176801a1
-_QUESTIONS = {"ATT": "What did “{treat}” do to “{outcome}” among the units that had it?", "ATC": "What would “{treat}” do to “{outcome}” among the units that did not have it?",
-              "ATE": "What would “{treat}” do to “{outcome}” among all units?", "ATO": "What does “{treat}” do to “{outcome}” where treated and untreated units overlap?",
-              "mean": "What is the mean of “{outcome}”, had everybody answered?", "total": "What is the total of “{outcome}”, had everybody answered?"}
+_QUESTIONS = {"ATT": "What did “{treat}” do to “{outcome}” among the units that had it?",
+              "ATC": "What would “{treat}” do to “{outcome}” among the units that did not have it?",
+              "ATE": "What would “{treat}” do to “{outcome}” among all units?",
+              "ATO": "What does “{treat}” do to “{outcome}” where treated and untreated units overlap?",
+              "mean": "What is the mean of “{outcome}”, had everybody answered?",
+              "total": "What is the total of “{outcome}”, had everybody answered?"}
 
 
 def _question(c: Comparison) -> str:
@@ -393,10 +402,12 @@ def _study_section(c: Comparison) -> str:
     study, about = c.study, c.study.describe()
     sizes, share = study.n_treated + study.n_controls, study.n_treated / (study.n_treated + study.n_controls)
     who = "respondents" if study.level == "survey" else "treated"
-    alt = (f"One dot for each of {counted(study.n_clusters, 'cluster')}: {sizes.min():,} to {sizes.max():,} units, share of {who} {share.min():.0%} to {share.max():.0%}, "
-           f"{study.treat.mean():.0%} overall; {((share == 0) | (share == 1)).sum():,} without one of the arms.")
-    return (_html_table(about.facts.cells(), about.facts.title, words=True) + _html_table(about.variables.cells(), about.variables.title, about.variables.notes)
-            + _figure("clusters-", lambda figure: study.plot(figure.subplots()), (5.5, 3.2), alt, f"Share of {who} in each cluster, against its size."))
+    alt = (f"One dot for each of {counted(study.n_clusters, 'cluster')}: {sizes.min():,} to {sizes.max():,} units, share of {who} {share.min():.0%} "
+           f"to {share.max():.0%}, {study.treat.mean():.0%} overall; {((share == 0) | (share == 1)).sum():,} without one of the arms.")
+    picture = _figure("clusters-", lambda figure: _legend_below(study.plot(figure.subplots())), (5.5, 3.4), alt,
+                      f"Share of {who} in each cluster, against its size.")
+    return (_html_table(about.facts.cells(), about.facts.title, words=True)
+            + _html_table(about.variables.cells(), about.variables.title, about.variables.notes) + picture)
 
 
 def _left_out(weights: Weights) -> str:
@@ -418,8 +429,8 @@ def _whom_section(c: Comparison) -> str:
         f"All {study.n_rows:,} rows of the data are in the study.")
     marked = [name for name in study.names if name.endswith("[missing]")]
     rows += f" Gaps in covariates were filled and marked: {listed(marked)}." if marked else ""
-    frame = pd.DataFrame({"The estimate speaks of": [c.weights[name].target if name in c.weights else "nobody: no estimate" for name in c.table.index],
-                          "Left out": [_left_out(c.weights[name]) if name in c.weights else "–" for name in c.table.index]}, index=c.table["label"].to_numpy())
+    whom = [(c.weights[name].target, _left_out(c.weights[name])) if name in c.weights else ("nobody: no estimate", "–") for name in c.table.index]
+    frame = pd.DataFrame(whom, columns=["The estimate speaks of", "Left out"], index=c.table["label"].to_numpy())
     return f"<p>{_text(rows)}</p>\n" + _html_table(frame, "Method by method", words=True)
 
 # %% ../nbs/20_comparison.ipynb #5152a434
@@ -434,7 +445,8 @@ def _methods_section(c: Comparison) -> str:
         out += f"<dt>{_text(METHODS[name].label)}</dt>\n<dd>{_text(what)}</dd>\n"
         out += f"<dd>It gave no estimate: {_text(c.table.loc[name, 'status'])}.</dd>\n" if name in c.errors else ""
     facts = [w.summary().cells()[""].rename(METHODS[name].label) for name, w in c.weights.items()]
-    return out + "</dl>\n" + (_html_table(pd.concat(facts, axis=1, sort=False).fillna("–"), "Options, weights and solver", words=True) if facts else "")
+    out += "</dl>\n"
+    return out + _html_table(pd.concat(facts, axis=1, sort=False).fillna("–"), "Options, weights and solver", words=True) if facts else out
 
 
 def _results_section(c: Comparison) -> str:
@@ -450,24 +462,22 @@ def _results_section(c: Comparison) -> str:
 # %% ../nbs/20_comparison.ipynb #2c8a4182
 def _changes(balance: Balance) -> bool:
     "Whether weighting changes the balance at all."
-    t = balance.table
-    return any(not np.allclose(t[column], t[f"{column}, weighted"], rtol=0, atol=1e-9, equal_nan=True) for column in ("SMD", "cluster SMD", "local L2"))
+    before, after = (balance.table[[f"{column}{when}" for column in ("SMD", "cluster SMD", "local L2")]] for when in ("", ", weighted"))
+    return not np.allclose(before, after, rtol=0, atol=1e-9, equal_nan=True)
 
 
 def _love_plot(prefix: str, balance: Balance, label: str) -> str:
     rows = min(len(balance.names), 40)
     largest = {when: f"{balance.table[column].abs().max():.2f}" for when, column in (("before", "SMD"), ("after", "SMD, weighted"))}
     local = balance.l2.loc["local"]
-    alt = (f"Love plot, {label}. Largest absolute standardised difference between units: {largest['before']} before, {largest['after']} after weighting. "
-           + (f"Root mean square within clusters: {local['before']:.2f} before, {local['after']:.2f} after." if np.isfinite(local["after"]) else ""))
+    alt = (f"Love plot, {label}. Largest absolute standardised difference between units: {largest['before']} before, {largest['after']} after "
+           "weighting. " + (f"Root mean square within clusters: {local['before']:.2f} before, {local['after']:.2f} after."
+                            if np.isfinite(local["after"]) else ""))
 
-    def draw(figure):
-        axes = balance.plot(figure.subplots(1, 3, sharey=True))
-        axes[0].get_legend().remove()                   # which would hide dots
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
-    return _figure(prefix, draw, (7.5, 1.4 + 0.27 * rows), alt,
-                   f"{label}: balance before and after weighting, of cluster averages, of units, and of units within their cluster (mean over clusters, with a bar from the 10th to the "
-                   "90th percentile). For units, a difference below 0.1, the dashed line, is commonly called negligible; in small clusters chance alone gives more.")
+    return _figure(prefix, lambda figure: _legend_below(balance.plot(figure.subplots(1, 3, sharey=True))[0]), (7.5, 1.4 + 0.27 * rows), alt,
+                   f"{label}: balance before and after weighting, of cluster averages, of units, and of units within their cluster (mean over "
+                   "clusters, with a bar from the 10th to the 90th percentile). For units, a difference below 0.1, the dashed line, is commonly "
+                   "called negligible; in small clusters chance alone gives more.")
 
 
 def _weights_plot(prefix: str, weights: Weights, label: str) -> str:
@@ -494,16 +504,17 @@ def _balance_section(c: Comparison) -> str:
     return out or "<p>There are no weights.</p>\n"
 
 # %% ../nbs/20_comparison.ipynb #57f07340
+_CHANCE = "Intervals are about chance among these units in these clusters. They know nothing of other clusters, and nothing of bias."
 _ASSUMPTIONS = [
-    "No interference: the outcome of a unit depends on its own treatment and not on that of others, and there is one version of each treatment. Within a cluster this often fails.",
-    "Nothing relevant is missing: among units with the same covariates, for methods within clusters also in the same cluster, treatment is as good as random. Comparing within "
-    "clusters holds constant what all units of a cluster share, measured or not. It does nothing about what differs between units of one cluster and was not measured.",
-    "Covariates, and the cluster, were fixed before treatment.",
-    "Intervals are about chance among these units in these clusters. They know nothing of other clusters, and nothing of bias."]
+    "No interference: the outcome of a unit depends on its own treatment and not on that of others, and there is one version of each treatment. "
+    "Within a cluster this often fails.",
+    "Nothing relevant is missing: among units with the same covariates, for methods within clusters also in the same cluster, treatment is as good "
+    "as random. Comparing within clusters holds constant what all units of a cluster share, measured or not. It does nothing about what differs "
+    "between units of one cluster and was not measured.",
+    "Covariates, and the cluster, were fixed before treatment.", _CHANCE]
 _SURVEY_ASSUMPTIONS = [
-    "Nothing relevant is missing: among units with the same covariates, for methods within clusters also in the same cluster, those who responded have on average the outcomes of those who "
-    "did not.",
-    "Intervals are about chance among these units in these clusters. They know nothing of other clusters, and nothing of bias."]
+    "Nothing relevant is missing: among units with the same covariates, for methods within clusters also in the same cluster, those who responded "
+    "have on average the outcomes of those who did not.", _CHANCE]
 
 
 def _citation_section(c: Comparison) -> str:
@@ -531,12 +542,12 @@ def report(self: Comparison, path: str | os.PathLike, *, title: str | None = Non
     other file, runs no script, and prints on A4. Raises `InputError` if it cannot be written there."""
     path, study = check_output(path), self.study
     said = [f"{METHODS[name].label}: {line}" for name, lines in self.warnings.items() for line in lines]
-    lead = (f"<p>{_text(_question(self))}</p>\n"
-            f'<p class="small">{study.n:,} units in {counted(study.n_clusters, "cluster")} ({_text(study.columns["cluster"])}). Written on {date.today()}.</p>\n')
+    size = f"{study.n:,} units in {counted(study.n_clusters, 'cluster')} ({study.columns['cluster']}). Written on {date.today()}."
+    lead = f'<p>{_text(_question(self))}</p>\n<p class="small">{_text(size)}</p>\n'
     sections = {
-        "In words": _items(_sentences(self)), "The study": _study_section(self), "Whom the estimates speak of": _whom_section(self), "The methods": _methods_section(self),
-        "The estimates": _results_section(self), "Balance and weights": _balance_section(self),
+        "In words": _items(_sentences(self)), "The study": _study_section(self), "Whom the estimates speak of": _whom_section(self),
+        "The methods": _methods_section(self), "The estimates": _results_section(self), "Balance and weights": _balance_section(self),
         "Warnings": _items(said) if said else "<p>The methods gave none.</p>\n",
-        "What no data can check": _items(_SURVEY_ASSUMPTIONS if study.level == "survey" else _ASSUMPTIONS), "How to cite": _citation_section(self),
-        "Versions": f"<p>{_text(_versions())}.</p>\n"}
+        "What no data can check": _items(_SURVEY_ASSUMPTIONS if study.level == "survey" else _ASSUMPTIONS),
+        "How to cite": _citation_section(self), "Versions": f"<p>{_text(_versions())}.</p>\n"}
     return write_file(path, _page(self.summary().title if title is None else title, lead, sections))

@@ -95,9 +95,9 @@ def test_wrong_usage_exits_with_2(capsys):
 
 
 @pytest.mark.parametrize("option, value, why", [
-    ("--lam", "0", "positive"), ("--lam", "atuo", "positive"), ("--lam", "nan", "positive"), ("--lam", "inf", "positive"), ("--tolerance", "-1", "0, a positive"),
-    ("--level", "95", "between 0 and 1"), ("--methods", "unadjusted,hierarchicl", "Did you mean 'hierarchical'"), ("--missing", "keep", "invalid choice"),
-    ("--estimand", "LATE", "invalid choice")])
+    ("--lam", "0", "positive"), ("--lam", "atuo", "positive"), ("--lam", "nan", "positive"), ("--lam", "inf", "positive"),
+    ("--tolerance", "-1", "0, a positive"), ("--level", "95", "between 0 and 1"), ("--missing", "keep", "invalid choice"),
+    ("--estimand", "LATE", "invalid choice"), ("--methods", "unadjusted,hierarchicl", "Did you mean 'hierarchical'")])
 def test_values_that_cannot_be_meant_exit_with_2(option, value, why, capsys):
     usage_error("compare", "late.csv", *ROLES, f"{option}={value}", "--out", "report.html")
     out, err = capsys.readouterr()
@@ -149,14 +149,16 @@ def test_parquet_gzip_and_tabs_give_the_same(capsys):
 
 
 def test_a_formula_means_the_same_as_in_python(capsys):
-    assert cli.main(["compare", "late.csv", "--formula", "late ~ female + bs(born, df=3) + (1 | school)", "--outcome", "math", "--methods", "balancing"]) == 0
-    expected = cw.compare(Study.from_formula("late ~ female + bs(born, df=3) + (1 | school)", load_late_entry(), outcome="math"), ["balancing"])
+    formula = "late ~ female + bs(born, df=3) + (1 | school)"
+    assert cli.main(["compare", "late.csv", "--formula", formula, "--outcome", "math", "--methods", "balancing"]) == 0
+    expected = cw.compare(Study.from_formula(formula, load_late_entry(), outcome="math"), ["balancing"])
     assert str(expected) in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words, options", [
-    (["--estimand", "atc"], {"estimand": "ATC"}), (["--lam", "2.5"], {"lam": 2.5}), (["--lam", "auto"], {}), (["--tolerance", "0.05"], {"tolerance": 0.05}),
-    (["--tolerance", "auto"], {"tolerance": "auto"}), (["--level", "0.8"], {"level": 0.8}), (["--methods", "hierarchical unadjusted"], {"methods": ["hierarchical", "unadjusted"]})])
+    (["--estimand", "atc"], {"estimand": "ATC"}), (["--lam", "2.5"], {"lam": 2.5}), (["--lam", "auto"], {}),
+    (["--tolerance", "0.05"], {"tolerance": 0.05}), (["--tolerance", "auto"], {"tolerance": "auto"}), (["--level", "0.8"], {"level": 0.8}),
+    (["--methods", "hierarchical unadjusted"], {"methods": ["hierarchical", "unadjusted"]})])
 def test_options_of_the_comparison_arrive(words, options, capsys):
     assert cli.main(["compare", "late.csv", *ROLES, *words]) == 0
     assert str(cw.compare(study(), **options)) in capsys.readouterr().out
@@ -199,7 +201,8 @@ def test_treatments_in_words_need_to_be_told(capsys):
     assert str(cw.compare(study(), lam=1.0)) in capsys.readouterr().out
     data(late=late + 1)
     assert cli.main(["compare", "data.csv", *ROLES, "--treated", "2", "--methods", "unadjusted"]) == 0
-    assert cli.main(["compare", "data.csv", "--formula", "late ~ female + (1 | school)", "--outcome", "math", "--treated", "2", "--methods", "unadjusted"]) == 0
+    formula = ["--formula", "late ~ female + (1 | school)", "--outcome", "math"]
+    assert cli.main(["compare", "data.csv", *formula, "--treated", "2", "--methods", "unadjusted"]) == 0
     assert capsys.readouterr().out.count("Unadjusted: -0.2463 (95% interval") == 2
 
 
@@ -232,10 +235,11 @@ def test_nothing_is_computed_if_the_report_has_no_place(monkeypatch, capsys):
 
 
 def test_files_that_cannot_be_read(capsys, monkeypatch):
-    contents = {"bytes.csv": b"\xff\xfe\x00", "text.parquet": b"no", "text.csv.gz": b"no", "empty.csv": b"", "ragged.csv": b"a,b\n1,2\n1,2,3\n", "semi.csv": b"a;b\n1;2\n",
-                "long.csv": b"a,b\n1,2,3\n", "twice.csv": b"late,math,late\n1,2,3\n", "data.xls": b"", "header.csv": b"late,math,school,female\n"}
-    words = {"bytes.csv": "not UTF-8", "semi.csv": "separated by commas", "long.csv": "more values", "twice.csv": "two columns of the name 'late'", "data.xls": "must end in",
-             "header.csv": "no rows", "lat.csv": "Did you mean 'late.csv'", ".": "There is no file"}
+    contents = {"bytes.csv": b"\xff\xfe\x00", "text.parquet": b"no", "text.csv.gz": b"no", "empty.csv": b"", "ragged.csv": b"a,b\n1,2\n1,2,3\n",
+                "semi.csv": b"a;b\n1;2\n", "long.csv": b"a,b\n1,2,3\n", "twice.csv": b"late,math,late\n1,2,3\n", "data.xls": b"",
+                "header.csv": b"late,math,school,female\n"}
+    words = {"bytes.csv": "not UTF-8", "semi.csv": "separated by commas", "long.csv": "more values", "twice.csv": "two columns of the name 'late'",
+             "data.xls": "must end in", "header.csv": "no rows", "lat.csv": "Did you mean 'late.csv'", ".": "There is no file"}
     for name, content in contents.items():
         open(name, "wb").write(content)
     for name in [*contents, "lat.csv", "."]:
@@ -300,13 +304,14 @@ def test_warnings_are_lines_that_name_the_method(capsys):
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
 def test_it_runs_whatever_the_terminal_can_show(encoding):
     data("data.csv", **{"größe": load_late_entry()["born"]})
-    done = in_a_process("compare", "data.csv", *ROLES[:-4], "female", "größe", "--lam", "1", "--out", "report.html", PYTHONIOENCODING=encoding, PYTHONUTF8="1")
+    shown = {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "1"}
+    done = in_a_process("compare", "data.csv", *ROLES[:-4], "female", "größe", "--lam", "1", "--out", "report.html", **shown)
     assert (done.returncode, done.stderr) == (0, b"")
     assert b"Report written to report.html" in done.stdout
-    missing = in_a_process("compare", "data.csv", *ROLES[:-4], "größer", PYTHONIOENCODING=encoding, PYTHONUTF8="1")
+    missing = in_a_process("compare", "data.csv", *ROLES[:-4], "größer", **shown)
     assert missing.returncode == 1
     assert missing.stderr.startswith(b"InputError: The data have no column 'gr")
-    assert in_a_process("compare", PYTHONIOENCODING=encoding).returncode == 2
+    assert in_a_process("compare", **shown).returncode == 2
 
 
 @pytest.mark.skipif(os.name == "nt", reason="pipes end differently there")

@@ -153,7 +153,8 @@ def test_tables_and_figures_can_be_read_out(page):
 
 def test_nothing_is_fetched_and_nothing_runs(text, page):
     "No element that loads or runs anything, no address, no handler of events; and a policy that forbids them."
-    assert not {"script", "img", "link", "iframe", "object", "embed", "style"} & {tag for tag, _ in page.elements[page.elements.index(("body", {})):]}
+    body = page.elements[page.elements.index(("body", {})):]
+    assert not {"script", "img", "link", "iframe", "object", "embed", "style"} & {tag for tag, _ in body}
     for _, attrs in page.elements:
         assert not [name for name in attrs if name.startswith("on") or name == "src"]
         assert all(attrs[name].startswith(("#", "data:image/png")) for name in attrs if name == "href")
@@ -266,7 +267,8 @@ def test_the_path_comes_back_and_a_file_is_replaced(comparisons, tmp_path):
     assert os.listdir(tmp_path) == [path.name]
 
 
-@pytest.mark.parametrize("path, why", [("", "is a folder"), ("none/report.html", "There is no folder"), ("file.txt/report.html", "There is no folder")])
+@pytest.mark.parametrize("path, why", [("", "is a folder"), ("none/report.html", "There is no folder"),
+                                       ("file.txt/report.html", "There is no folder")])
 def test_where_nothing_can_be_written(comparisons, tmp_path, path, why):
     (tmp_path / "file.txt").touch()
     with pytest.raises(InputError, match=why):
@@ -307,7 +309,7 @@ def test_a_style_of_the_caller_has_no_effect(comparisons, reports, tmp_path):
 def test_no_display_and_no_pyplot_are_needed(tmp_path):
     code = ("import sys, clusterweights as cw; from clusterweights.datasets import late_entry_study; "
             f"cw.compare(late_entry_study(), ['unadjusted']).report({str(tmp_path / 'report.html')!r}); print('matplotlib.pyplot' in sys.modules)")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "MPLBACKEND": "tkagg"})
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"MPLBACKEND": "tkagg"})
     assert (done.stdout.strip(), done.stderr) == ("False", "")
 
 
@@ -340,7 +342,8 @@ addEventListener("load", () => document.body.dataset.seen = JSON.stringify({
   requests: performance.getEntriesByType("resource").map(e => e.name).filter(name => !/^(file|data):/.test(name)),
   scripts: document.scripts.length, tables: all("table").length, figures: all("figure").length, headings: all("h1, h2, h3").length}));
 </script>"""
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]
 needs_browser = pytest.mark.skipif(browser() is None, reason="no Chromium, Chrome or Edge was found")
 
 
