@@ -303,10 +303,11 @@ def test_warnings_are_lines_that_name_the_method(capsys):
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
 def test_it_runs_whatever_the_terminal_can_show(encoding):
-    data("data.csv", **{"größe": load_late_entry()["born"]})
+    data("data.csv", **{"größe": load_late_entry()["math"]})
     shown = {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "1"}
-    done = in_a_process("compare", "data.csv", *ROLES[:-4], "female", "größe", "--lam", "1", "--out", "report.html", **shown)
+    done = in_a_process("compare", "data.csv", *ROLES[:3], "größe", *ROLES[4:], "--lam", "1", "--out", "report.html", **shown)
     assert (done.returncode, done.stderr) == (0, b"")
+    assert "Effect of late on größe (ATT)".encode(encoding, "replace") in done.stdout
     assert b"Report written to report.html" in done.stdout
     missing = in_a_process("compare", "data.csv", *ROLES[:-4], "größer", **shown)
     assert missing.returncode == 1

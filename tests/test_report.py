@@ -20,7 +20,7 @@ from clusterweights.datasets import late_entry_study, load_late_entry
 
 FRAME = schools(n_schools=6, size=15, seed=4)
 ROLES = {"treat": "late", "outcome": "score", "cluster": "school", "covs": ["age", "income"]}
-HOSTILE = {"late": "<script>document.title = 'taken'</script>", "score": 'a&b"', "age": r"$\nosuch$ $x$", "school": "</title></svg>\x07",
+HOSTILE = {"late": "<script>document.title = 'taken'</script>", "score": 'a&b"', "age": r"$\nosuch$ $x$", "school": "</title></svg>$\\no$\x07",
            "income": "<img src=x onerror=\"document.title='taken'\">"}
 LONG = {"late": "arrived after " + "a very " * 30 + "long time", "score": "s" * 200, "age": "age in " + "whole and finished " * 10 + "years"}
 
