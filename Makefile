@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pe
 FACTS := setup.py settings.ini
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test export readme clean
+.PHONY: help demo test export readme site clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ export: $(VENV)/developing ## write the modules from the notebooks, and strip ou
 
 readme: $(VENV)/developing ## write README.md from nbs/index.ipynb
 	$(BIN)/python tests/make_readme.py
+
+site: $(VENV)/developing ## build the book in _docs, to be read without a network
+	$(BIN)/python tests/make_site.py
 
 clean: ## remove the environment and everything that was built
 	rm -rf $(VENV) build dist *.egg-info _proc _docs .pytest_cache

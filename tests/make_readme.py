@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 import yaml
-from notebook_runner import NotebookRun, directives, without_directives
+from notebook_runner import directives, run_whole, without_directives
 
 FIRST_LINE = "<!-- Written from nbs/index.ipynb by make readme: edit that. -->"
 
@@ -71,13 +71,7 @@ def to_markdown(written, ran, root, folder="nbs"):
 
 def main():
     root = Path(__file__).resolve().parents[1]
-    run = NotebookRun(root / "nbs" / "index.ipynb")
-    try:
-        run.run_to(len(run.nb.cells) - 1)
-    finally:
-        run.close()
-    if run.error:
-        raise SystemExit(f"nbs/index.ipynb, cell {run.error.number}:\n{run.error.traceback}")
+    run = run_whole(root / "nbs" / "index.ipynb")
     readme = to_markdown(run.nb, run.ran, root)
     (root / "README.md").write_text(readme, encoding="utf-8", newline="\n")
 

@@ -218,6 +218,18 @@ class NotebookRun:
         self.open.close()
 
 
+def run_whole(path):
+    "The run of a whole notebook, finished. A cell that fails ends the program with its traceback."
+    run = NotebookRun(path)
+    try:
+        run.run_to(len(run.nb.cells) - 1)
+    finally:
+        run.close()
+    if run.error:
+        raise SystemExit(f"{run.path.name}, cell {run.error.number}:\n{run.error.traceback}")
+    return run
+
+
 # --- the tests of a notebook --------------------------------------------------------------------------------------
 
 

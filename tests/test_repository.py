@@ -13,7 +13,6 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "clusterweights"
@@ -129,27 +128,6 @@ def test_exported_names_are_unique():
     assert homes
     assert {name: where for name, where in homes.items() if len(where) > 1} == {}
     assert homes.keys() & {path.stem for path in MODULES} == set()
-
-
-# --- site ---------------------------------------------------------------------------------------------------------
-
-
-def test_site_configuration():
-    link = ROOT / "nbs" / "_quarto.yml"
-    if os.name != "nt":  # where a checkout may turn the link into a file
-        assert link.is_symlink() and os.readlink(link) == "../_quarto.yml"
-    config = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
-    assert config["execute"]["enabled"] is False
-
-    def pages(entries):
-        for entry in entries:
-            entry = {"href": entry} if isinstance(entry, str) else entry
-            yield from [entry["href"]] if "href" in entry else pages(entry["contents"])
-
-    listed = list(pages(config["website"]["sidebar"]["contents"]))
-    assert [page for page in listed if not (ROOT / "nbs" / page).exists()] == []
-    written = [path.relative_to(ROOT / "nbs").as_posix() for path in NOTEBOOKS if not path.name.startswith("_")]
-    assert sorted(listed) == sorted(written), "every notebook has its place in the sidebar"
 
 
 # --- package ------------------------------------------------------------------------------------------------------
