@@ -310,7 +310,7 @@ def test_no_display_and_no_pyplot_are_needed(tmp_path):
     code = ("import sys, clusterweights as cw; from clusterweights.datasets import late_entry_study; "
             f"cw.compare(late_entry_study(), ['unadjusted']).report({str(tmp_path / 'report.html')!r}); print('matplotlib.pyplot' in sys.modules)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"MPLBACKEND": "tkagg"})
-    assert (done.stdout.strip(), done.stderr) == ("False", "")
+    assert (done.returncode, done.stdout.strip()) == (0, "False"), done.stderr
 
 
 def test_thousands_of_clusters_stay_small(tmp_path):
