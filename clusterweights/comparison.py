@@ -29,7 +29,7 @@ import clusterweights.hierarchical  # noqa: F401
 from . import __version__
 from .core import (ClusterWeightsWarning, EstimationError, InfeasibleError, InputError, SolverError, Table, caller_depth, check_output,
                                  counted, decimals, interval_plot, listed, nearest, write_file)
-from .framework import Balance
+from .framework import Balance, love_plot
 from .study import Study
 from .weights import FRAMEWORK_PAPER, METHODS, TARGET_NOUNS, WEIGHTED_ARMS, Weights, canonical_estimand, model_residuals
 
@@ -161,6 +161,12 @@ def plot(self: Comparison, ax=None):
     what = f"{self.estimand} of" if self.study.level == "survey" else f"effect of {self.study.columns['treat']} on"
     ax.set_xlabel(f"{what} {self.study.columns['outcome'][0]} ({100 * self.level:g}% interval)", parse_math=False)
     return ax
+
+# %% ../nbs/20_comparison.ipynb #8b73a849
+@patch
+def plot_balance(self: Comparison, axes=None):
+    "Love plot of what each method (at most 8) leaves; returns the three Axes. `balances[name].plot()` shows one method before and after."
+    return love_plot(self.study.names, {METHODS[name].label: b.differences["after weighting"] for name, b in self.balances.items()}, axes)
 
 # %% ../nbs/20_comparison.ipynb #659943b8
 _NOTICEABLE = 0.1    # the usual threshold for a standardised difference

@@ -620,7 +620,7 @@ def plot(self: Weights, axes=None):
     masks = {arm: mask & (self.reason == "") for arm, mask in self.weighted_arms.items()}
     if axes is None:
         import matplotlib.pyplot as plt
-        _, axes = plt.subplots(1, len(masks), figsize=(1 + 5 * len(masks), 3.2), squeeze=False, layout="constrained")
+        _, axes = plt.subplots(1, len(masks), figsize=(1 + 5 * len(masks), 3.4), squeeze=False, layout="constrained")
     axes = np.atleast_1d(axes).ravel()
     for ax, (arm, mask) in zip(axes, masks.items()):
         w = self.in_order[mask] / self.in_order[mask].mean()
@@ -632,6 +632,7 @@ def plot(self: Weights, axes=None):
         ax.set(xlabel="weight, in multiples of the mean", ylabel=f"number of {arm} (log scale)", xlim=(0, None), ylim=(0.7, None),
                title=f"{arm}: {mask.sum():,} units, effective sample size {ess(w):,.0f}")
         ax.title.set_fontsize("medium")
+        ax.set_ylim(0.7, 12 * ax.get_ylim()[1])          # room for the legend
         ax.legend(loc="upper right", fontsize="small")
         ax.spines[["top", "right"]].set_visible(False)
     return axes
