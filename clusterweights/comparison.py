@@ -6,9 +6,19 @@
 from __future__ import annotations
 
 import html
+import inspect
+import os
+import platform
+import re
 import textwrap
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date
+from importlib import metadata
+from io import StringIO
+from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
@@ -16,10 +26,12 @@ from fastcore.basics import patch
 
 import clusterweights.balancing  # noqa: F401  (importing a method's module registers it)
 import clusterweights.hierarchical  # noqa: F401
-from .core import EstimationError, InfeasibleError, InputError, SolverError, Table, decimals, interval_plot, listed, nearest
-from .framework import Balance
+from . import __version__
+from .core import (ClusterWeightsWarning, EstimationError, InfeasibleError, InputError, SolverError, Table, caller_depth, check_output,
+                                 counted, decimals, interval_plot, listed, nearest, write_file)
+from .framework import Balance, love_plot
 from .study import Study
-from .weights import METHODS, TARGET_NOUNS, WEIGHTED_ARMS, Weights, canonical_estimand, model_residuals
+from .weights import FRAMEWORK_PAPER, METHODS, TARGET_NOUNS, WEIGHTED_ARMS, Weights, canonical_estimand, model_residuals
 
 # %% auto #0
 __all__ = ['Comparison', 'compare', 'difference']
@@ -31,9 +43,9 @@ class Comparison:
     failed, and why.
 
     Columns of `table`: label, estimate, std_error, conf_low, conf_high, ess_treated, ess_controls, ess_respondents, l2_global, l2_local
-    (after weighting), global_reduction, local_reduction (percent), units, clusters (target units kept, and their clusters), status. level : of the intervals.
-    estimand : what is estimated.
-    ignored : options that change whom an estimate speaks of and that a method does not have."""
+    (after weighting), global_reduction, local_reduction (percent), units, clusters (target units kept, and their clusters), status.
+    level : of the intervals. estimand : what is estimated.
+    ignored : options that change whom an estimate speaks of and that a method does not have. warnings : those that a method gave."""
     study: Study
     table: pd.DataFrame
     weights: Mapping[str, Weights]
@@ -42,6 +54,7 @@ class Comparison:
     level: float
     estimand: str
     ignored: Mapping[str, list[str]] = field(default_factory=dict)
+    warnings: Mapping[str, list[str]] = field(default_factory=dict)
 
     def __str__(self) -> str: return f"{self.summary()}\n\n{textwrap.fill(self.reading(), 110)}"
     __repr__ = __str__
@@ -79,29 +92,41 @@ def _check_methods(study, methods: Sequence[str], options: Mapping) -> None:
             raise InputError(f"None of the methods {listed(methods)} has an option {option!r}." + nearest(option, known))
 
 
+def _give_again(caught: list, label: str) -> None:
+    "Pass warnings on to the caller; the package's own with the method's name in front."
+    for w in caught:
+        own = isinstance(w.message, ClusterWeightsWarning)
+        warnings.warn(type(w.message)(f"{label}: {w.message}") if own else w.message, stacklevel=caller_depth())
+
+
 def compare(study: Study, methods: Sequence[str] = ("unadjusted", "balancing", "hierarchical"), *, level: float = 0.95,
             **options) -> Comparison:
     """Run several methods on one study and put their results side by side.
 
     methods : names of registered methods, in the order of the table. level : of the intervals. options : passed to each method that
     has an option of that name, for example lam=1.0. A method that finds no weights stays in the table with its reason; any other
-    error is raised."""
+    error is raised. Warnings say which method they are about."""
     _check_methods(study, methods, options)
-    rows, weights, balances, errors, estimand = {}, {}, {}, {}, canonical_estimand(options.get("estimand"), METHODS[methods[0]], study)
+    rows, weights, balances, errors, said = {}, {}, {}, {}, {}
+    estimand = canonical_estimand(options.get("estimand"), METHODS[methods[0]], study)
     for name in dict.fromkeys(methods):
         own = {k: v for k, v in options.items() if k in METHODS[name].options}
-        try:
-            found = METHODS[name].function(study, **own)
-            balance = found.balance()
-            rows[name] = _row(found, balance, level)
-            weights[name], balances[name] = found, balance
-        except tuple(_FAILURES) as error:
-            errors[name] = error
-            rows[name] = {"status": _FAILURES[type(error)]}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", ClusterWeightsWarning)
+            try:
+                found = METHODS[name].function(study, **own)
+                balance = found.balance()
+                rows[name] = _row(found, balance, level)
+                weights[name], balances[name] = found, balance
+            except tuple(_FAILURES) as error:
+                errors[name] = error
+                rows[name] = {"status": _FAILURES[type(error)]}
         rows[name]["label"] = METHODS[name].label
+        said[name] = [str(w.message) for w in caught if isinstance(w.message, ClusterWeightsWarning)]
+        _give_again(caught, METHODS[name].label)
     table = pd.DataFrame.from_dict(rows, orient="index", columns=_COLUMNS)
     ignored = {name: [o for o in options if o not in METHODS[name].options and o in _TARGETING] for name in rows}
-    return Comparison(study, table, weights, balances, errors, level, estimand, {name: own for name, own in ignored.items() if own})
+    return Comparison(study, table, weights, balances, errors, level, estimand, *({k: v for k, v in d.items() if v} for d in (ignored, said)))
 
 # %% ../nbs/20_comparison.ipynb #2a37881e
 @patch
@@ -132,10 +157,16 @@ def summary(self: Comparison) -> Table:
 def plot(self: Comparison, ax=None):
     "Forest plot: each method's estimate and interval; returns the Axes."
     t = self.table
-    ax = interval_plot(list(t["label"]), t["estimate"], t["conf_low"], t["conf_high"], ax=ax)
+    ax = interval_plot(list(t["label"]), t["estimate"], t["conf_low"], t["conf_high"], ax=ax, reference=None if self.study.level == "survey" else 0.0)
     what = f"{self.estimand} of" if self.study.level == "survey" else f"effect of {self.study.columns['treat']} on"
-    ax.set_xlabel(f"{what} {self.study.columns['outcome'][0]} ({100 * self.level:g}% interval)")
+    ax.set_xlabel(f"{what} {self.study.columns['outcome'][0]} ({100 * self.level:g}% interval)", parse_math=False)
     return ax
+
+# %% ../nbs/20_comparison.ipynb #8b73a849
+@patch
+def plot_balance(self: Comparison, axes=None):
+    "Love plot of what each method (at most 8) leaves; returns the three Axes. `balances[name].plot()` shows one method before and after."
+    return love_plot(self.study.names, {METHODS[name].label: b.differences["after weighting"] for name, b in self.balances.items()}, axes)
 
 # %% ../nbs/20_comparison.ipynb #659943b8
 _NOTICEABLE = 0.1    # the usual threshold for a standardised difference
@@ -201,12 +232,328 @@ def _targets(c: Comparison) -> list[str]:
     return out + [f"{METHODS[name].label} gave no estimate: {error}" for name, error in c.errors.items()]
 
 
+def _sentences(c: Comparison) -> list[str]: return _estimates(c) + _imbalances(c) + _targets(c)
+
+
 @patch
 def reading(self: Comparison) -> str:
     "The table in plain words."
-    return " ".join(_estimates(self) + _imbalances(self) + _targets(self))
+    return " ".join(_sentences(self))
 
 
 @patch
 def _repr_html_(self: Comparison) -> str:
     return self.summary()._repr_html_() + f"<p>{html.escape(self.reading())}</p>"
+
+# %% ../nbs/20_comparison.ipynb #5bc4e44e
+_STYLE = """
+:root { color-scheme: light }
+body { max-width: 50rem; margin: 0 auto; padding: 1.5rem 1rem 3rem; font: 1rem/1.5 system-ui, "Segoe UI", Roboto, Helvetica, Arial, sans-serif;
+  color: #111; background: #fff; overflow-wrap: break-word }
+h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .5rem }
+h2 { font-size: 1.3rem; line-height: 1.25; margin: 2.5rem 0 .75rem; padding-top: .6rem; border-top: 2px solid #111 }
+h3 { font-size: 1.05rem; margin: 1.75rem 0 .5rem }
+p, ul, dl { margin: .6rem 0 }
+ul { padding-left: 1.2rem }
+li { margin: .3rem 0 }
+dt { font-weight: 600; margin-top: .7rem }
+dd { margin: 0 0 0 1.2rem }
+header p { font-size: 1.1rem; margin: .3rem 0 }
+.small { font-size: .85rem; line-height: 1.4; color: #444; margin: .3rem 0 }
+.wide { overflow-x: auto; margin: 1rem 0 .4rem }
+table { border-collapse: collapse; font-size: .85rem; line-height: 1.35; font-variant-numeric: tabular-nums }
+caption { text-align: left; font-weight: 600; padding: 0 0 .4rem; overflow-wrap: anywhere }
+th, td { padding: .25rem .6rem .25rem 0; text-align: right; vertical-align: top; border-bottom: 1px solid #ccc }
+thead th, thead td { vertical-align: bottom; border-bottom: 1px solid #111 }
+th[scope=row] { text-align: left; font-weight: 400; min-width: 8em; max-width: 18em; overflow-wrap: anywhere }
+table.words td, table.words th { text-align: left }
+table.words td { min-width: 7rem }
+table.words thead th { overflow-wrap: anywhere }
+figure { margin: 1.25rem 0 }
+figcaption { font-size: .85rem; line-height: 1.4; color: #444 }
+svg { display: block; max-width: 100%; height: auto }
+svg * { stroke-linejoin: round; stroke-linecap: butt }
+svg text { font-family: inherit !important }
+@page { size: A4; margin: 17mm 15mm }
+@media print {
+  body { max-width: none; padding: 0; font-size: 10pt }
+  h2, h3, caption { break-after: avoid }
+  figure, table, li, dd { break-inside: avoid }
+  thead { display: table-header-group }
+  .wide { overflow: visible }
+  table, .small, figcaption { font-size: 8pt }
+  th, td { padding-right: .45rem }
+  table.words td { min-width: 0 }
+  svg { min-width: 0 !important }
+}"""
+
+
+def _text(value) -> str:
+    "Anything from the data as text that is safe within HTML."
+    return html.escape(str(value))
+
+
+def _page(title: str, lead: str, sections: Mapping[str, str]) -> str:
+    "The whole document; its policy forbids browsers to load or run anything."
+    body = "".join(f"<section>\n<h2>{_text(heading)}</h2>\n{content}</section>\n" for heading, content in sections.items())
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="generator" content="clusterweights {__version__}">
+<title>{_text(title)}</title>
+<style>{_STYLE}
+</style>
+</head>
+<body>
+<header>
+<h1>{_text(title)}</h1>
+{lead}</header>
+<main>
+{body}</main>
+</body>
+</html>
+"""
+
+# %% ../nbs/20_comparison.ipynb #037ea4f5
+def _html_table(cells: pd.DataFrame, caption: str, notes: Sequence[str] = (), *, words: bool = False) -> str:
+    "A table of finished cells. words : whether they hold text instead of numbers."
+    head = "".join(f'<th scope="col">{_text(name)}</th>' for name in cells)
+    head = "" if list(cells) == [""] else f"<thead><tr><td></td>{head}</tr></thead>"
+    rows = "".join(f'<tr><th scope="row">{_text(label)}</th>' + "".join(f"<td>{_text(value)}</td>" for value in row) + "</tr>\n"
+                   for label, row in zip(cells.index, cells.to_numpy()))
+    kind = "words" if words else "numbers"
+    return (f'<div class="wide" role="region" tabindex="0" aria-label="{_text(caption)}"><table class="{kind}">\n'
+            f"<caption>{_text(caption)}</caption>\n{head}\n<tbody>\n{rows}</tbody></table></div>\n"
+            + (f'<p class="small">{_text(" ".join(notes))}</p>\n' if notes else ""))
+
+
+def _items(lines: Sequence[str]) -> str: return "<ul>\n" + "".join(f"<li>{_text(line)}</li>\n" for line in lines) + "</ul>\n"
+
+# %% ../nbs/20_comparison.ipynb #f7522bfe
+_MANY = 2000       # so many points are stored as a picture: as shapes they would fill megabytes
+_LONG = 34         # names with more letters would leave no room for the figure; tables have them in full
+
+
+def _inline(svg: str, prefix: str, alt: str) -> str:
+    "An SVG document as an element of a page: ids with a prefix of their own, no style rules, described by `alt`."
+    root = ElementTree.fromstring(re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f]", "\ufffd", svg))
+    for element in root.iter():
+        element.tag = element.tag.split("}")[-1]
+        for name, value in list(element.attrib.items()):
+            del element.attrib[name]
+            value = prefix + value if name == "id" else re.sub(r"^#", f"#{prefix}", value).replace("url(#", f"url(#{prefix}")
+            element.set(name.split("}")[-1], value)
+    for parent in list(root.iter()):
+        for child in [child for child in parent if child.tag in ("metadata", "style")]:
+            parent.remove(child)
+    root.attrib |= {"role": "img", "aria-label": alt, "style": f"min-width: {0.75 * float(root.get('width').removesuffix('pt')):.0f}pt"}
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _tame(ax, width: int) -> None:
+    "Labels made of names from the data: no formulas, at most two lines of `width` letters, and names beside an axis shortened in their middle."
+    for label in (ax.title, ax.xaxis.label, ax.yaxis.label):
+        label.set_parse_math(False)
+    ax.set_xlabel(textwrap.fill(ax.get_xlabel(), width, max_lines=2, placeholder=" …"))
+    names = [tick.get_text() for tick in ax.get_yticklabels()]
+    if max(map(len, names), default=0) > _LONG:
+        ax.set_yticks(ax.get_yticks(), [n if len(n) <= _LONG else f"{n[:_LONG // 2]}…{n[-_LONG // 2:]}" for n in names], parse_math=False)
+
+
+def _legend_below(ax) -> None:
+    "Move the legend out of the axes, where it could hide something."
+    ax.get_legend().remove()
+    ax.figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+
+
+def _figure(prefix: str, draw: Callable, size: tuple[float, float], alt: str, caption: str) -> str:
+    "A figure of `size` inches that `draw` fills, drawn without touching the caller's figures, settings or backend."
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")          # the browser has fonts that matplotlib lacks
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "clusterweights", "font.size": 9})
+        figure, svg = Figure(figsize=size, layout="constrained"), StringIO()
+        draw(figure)
+        for ax in figure.axes:
+            _tame(ax, round(10 * size[0]))
+        for line in figure.findobj(lambda part: isinstance(part, Line2D) and len(part.get_xdata()) > _MANY):
+            line.set_rasterized(True)
+        figure.savefig(svg, format="svg")
+    scrolls = f'<div class="wide" role="region" tabindex="0" aria-label="Figure: {_text(caption)}">{_inline(svg.getvalue(), prefix, alt)}</div>'
+    return f"<figure>\n{scrolls}\n<figcaption>{_text(caption)}</figcaption>\n</figure>\n"
+
+# %% ../nbs/20_comparison.ipynb #176801a1
+_QUESTIONS = {"ATT": "What did “{treat}” do to “{outcome}” among the units that had it?",
+              "ATC": "What would “{treat}” do to “{outcome}” among the units that did not have it?",
+              "ATE": "What would “{treat}” do to “{outcome}” among all units?",
+              "ATO": "What does “{treat}” do to “{outcome}” where treated and untreated units overlap?",
+              "mean": "What is the mean of “{outcome}”, had everybody answered?",
+              "total": "What is the total of “{outcome}”, had everybody answered?"}
+
+
+def _question(c: Comparison) -> str:
+    "The question that the comparison answers."
+    outside = any(w.outside is not None for w in c.weights.values())
+    text = _QUESTIONS[c.estimand].format(treat=c.study.columns.get("treat"), outcome=c.study.columns["outcome"][0])
+    return text.replace("all units?", "the units of another population?") if outside and c.estimand == "ATE" else text
+
+
+def _study_section(c: Comparison) -> str:
+    study, about = c.study, c.study.describe()
+    sizes, share = study.n_treated + study.n_controls, study.n_treated / (study.n_treated + study.n_controls)
+    who = "respondents" if study.level == "survey" else "treated"
+    alt = (f"One dot for each of {counted(study.n_clusters, 'cluster')}: {sizes.min():,} to {sizes.max():,} units, share of {who} {share.min():.0%} "
+           f"to {share.max():.0%}, {study.treat.mean():.0%} overall; {((share == 0) | (share == 1)).sum():,} without one of the arms.")
+    picture = _figure("clusters-", lambda figure: _legend_below(study.plot(figure.subplots())), (5.5, 3.4), alt,
+                      f"Share of {who} in each cluster, against its size.")
+    return (_html_table(about.facts.cells(), about.facts.title, words=True)
+            + _html_table(about.variables.cells(), about.variables.title, about.variables.notes) + picture)
+
+
+def _left_out(weights: Weights) -> str:
+    "Who is left out of a method's weights, by reason and arm."
+    study, lines = weights.study, []
+    arms = {"respondents": study.treat, "others": ~study.treat} if study.level == "survey" else {"treated": study.treat, "controls": ~study.treat}
+    for reason in pd.unique(weights.reason[weights.reason != ""]):
+        for arm, mask in arms.items():
+            gone = mask & (weights.reason == reason)
+            if gone.any():
+                places = np.unique(study.cluster[gone])
+                lines.append(f"{gone.sum():,} {arm} ({reason}; {study.columns['cluster']} {listed(study.labels[places])})")
+    return "; ".join(lines) or "nobody"
+
+
+def _whom_section(c: Comparison) -> str:
+    study, missing = c.study, c.study.n_rows - c.study.n
+    rows = f"{missing:,} of {study.n_rows:,} rows of the data have missing values and were left out before anything else." if missing else (
+        f"All {study.n_rows:,} rows of the data are in the study.")
+    marked = [name for name in study.names if name.endswith("[missing]")]
+    rows += f" Gaps in covariates were filled and marked: {listed(marked)}." if marked else ""
+    whom = [(c.weights[name].target, _left_out(c.weights[name])) if name in c.weights else ("nobody: no estimate", "–") for name in c.table.index]
+    frame = pd.DataFrame(whom, columns=["The estimate speaks of", "Left out"], index=c.table["label"].to_numpy())
+    return f"<p>{_text(rows)}</p>\n" + _html_table(frame, "Method by method", words=True)
+
+# %% ../nbs/20_comparison.ipynb #5152a434
+_OUTCOME_MODELS = {"none": "without an outcome model", "covariates": "with the outcome modelled by the covariates",
+                   "covariates and clusters": "with the outcome modelled by the covariates and a level for each cluster"}
+
+
+def _methods_section(c: Comparison) -> str:
+    out = "<dl>\n"
+    for name in c.table.index:
+        what = f"{inspect.getdoc(METHODS[name].function).splitlines()[0]} Standard error {_OUTCOME_MODELS[METHODS[name].outcome_model]}."
+        out += f"<dt>{_text(METHODS[name].label)}</dt>\n<dd>{_text(what)}</dd>\n"
+        out += f"<dd>It gave no estimate: {_text(c.table.loc[name, 'status'])}.</dd>\n" if name in c.errors else ""
+    facts = [w.summary().cells()[""].rename(METHODS[name].label) for name, w in c.weights.items()]
+    out += "</dl>\n"
+    return out + _html_table(pd.concat(facts, axis=1, sort=False).fillna("–"), "Options, weights and solver", words=True) if facts else out
+
+
+def _results_section(c: Comparison) -> str:
+    table = c.summary()
+    if not c.weights:
+        return _html_table(table.cells().T, table.title, table.notes) + "<p>No method gave an estimate, so there is nothing to draw.</p>\n"
+    alt = "Forest plot. " + " ".join(_estimates(c)[:len(c.weights)])
+    return (_html_table(table.cells().T, table.title, table.notes)
+            + _figure("forest-", lambda figure: c.plot(figure.subplots()), (5.5, 0.8 + 0.27 * len(c.table)), alt,
+                      f"Estimates with {100 * c.level:g}% intervals" + ("" if c.study.level == "survey" else "; the dashed line is no effect")
+                      + ". Whether two intervals overlap is no test of their difference."))
+
+# %% ../nbs/20_comparison.ipynb #2c8a4182
+def _changes(balance: Balance) -> bool:
+    "Whether weighting changes the balance at all."
+    before, after = (balance.table[[f"{column}{when}" for column in ("SMD", "cluster SMD", "local L2")]] for when in ("", ", weighted"))
+    return not np.allclose(before, after, rtol=0, atol=1e-9, equal_nan=True)
+
+
+def _love_plot(prefix: str, balance: Balance, label: str) -> str:
+    rows = min(len(balance.names), 40)
+    largest = {when: f"{balance.table[column].abs().max():.2f}" for when, column in (("before", "SMD"), ("after", "SMD, weighted"))}
+    local = balance.l2.loc["local"]
+    alt = (f"Love plot, {label}. Largest absolute standardised difference between units: {largest['before']} before, {largest['after']} after "
+           "weighting. " + (f"Root mean square within clusters: {local['before']:.2f} before, {local['after']:.2f} after."
+                            if np.isfinite(local["after"]) else ""))
+
+    return _figure(prefix, lambda figure: _legend_below(balance.plot(figure.subplots(1, 3, sharey=True))[0]), (7.5, 1.4 + 0.27 * rows), alt,
+                   f"{label}: balance before and after weighting, of cluster averages, of units, and of units within their cluster (mean over "
+                   "clusters, with a bar from the 10th to the 90th percentile). For units, a difference below 0.1, the dashed line, is commonly "
+                   "called negligible; in small clusters chance alone gives more.")
+
+
+def _weights_plot(prefix: str, weights: Weights, label: str) -> str:
+    said = []
+    for arm, mask in weights.weighted_arms.items():
+        w = weights.in_order[mask & (weights.reason == "")]
+        said.append(f"{len(w):,} {arm}, {(w == 0).sum():,} of them with weight 0, the largest weight {w.max() / w.mean():.1f} times the mean")
+
+    def draw(figure):
+        for ax in weights.plot(figure.subplots(1, len(said), squeeze=False)):
+            ax.get_legend().remove()                    # which would hide bars; the caption says it
+    return _figure(prefix, draw, (7.5 if len(said) > 1 else 4.5, 2.5), f"Histogram of weights, {label}.",
+                   f"{label}: weights in multiples of their mean; the dashed line is equal weights. " + "; ".join(said) + ".")
+
+
+def _balance_section(c: Comparison) -> str:
+    out = ""
+    for name, balance in c.balances.items():
+        label, table = METHODS[name].label, balance.summary()
+        out += f"<h3>{_text(label)}</h3>\n" + (
+            _love_plot(f"love-{name}-", balance, label) + _weights_plot(f"weights-{name}-", c.weights[name], label) if _changes(balance) else
+            "<p>The weights leave the balance as it was before weighting.</p>\n")
+        out += _html_table(table.cells(), f"Balance, {label}", table.notes)
+    return out or "<p>There are no weights.</p>\n"
+
+# %% ../nbs/20_comparison.ipynb #57f07340
+_CHANCE = "Intervals are about chance among these units in these clusters. They know nothing of other clusters, and nothing of bias."
+_ASSUMPTIONS = [
+    "No interference: the outcome of a unit depends on its own treatment and not on that of others, and there is one version of each treatment. "
+    "Within a cluster this often fails.",
+    "Nothing relevant is missing: among units with the same covariates, for methods within clusters also in the same cluster, treatment is as good "
+    "as random. Comparing within clusters holds constant what all units of a cluster share, measured or not. It does nothing about what differs "
+    "between units of one cluster and was not measured.",
+    "Covariates, and the cluster, were fixed before treatment.", _CHANCE]
+_SURVEY_ASSUMPTIONS = [
+    "Nothing relevant is missing: among units with the same covariates, for methods within clusters also in the same cluster, those who responded "
+    "have on average the outcomes of those who did not.", _CHANCE]
+
+
+def _citation_section(c: Comparison) -> str:
+    lines = [f"This report: clusterweights contributors. clusterweights, version {__version__}. Python package."]
+    lines += [f"{METHODS[name].label}: {METHODS[name].source}" for name in c.table.index if METHODS[name].source]
+    return _items([*lines, f"Standard errors and measures of balance: {FRAMEWORK_PAPER}, sections 6 and 8."])
+
+
+def _versions() -> str:
+    "Python, this package, and those it computes with, as far as they are installed."
+    found = [f"Python {platform.python_version()} on {platform.system()}", f"clusterweights {__version__}"]
+    for name in ("numpy", "scipy", "pandas", "formulaic", "piqp", "osqp", "matplotlib"):
+        try:
+            found.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            pass
+    return ", ".join(found)
+
+
+@patch
+def report(self: Comparison, path: str | os.PathLike, *, title: str | None = None) -> Path:
+    """Write all there is to say about the comparison into one HTML file, and return its path.
+
+    path : of the file; one that exists is replaced. title : of the document (default: what is estimated). The file needs no network and no
+    other file, runs no script, and prints on A4. Raises `InputError` if it cannot be written there."""
+    path, study = check_output(path), self.study
+    said = [f"{METHODS[name].label}: {line}" for name, lines in self.warnings.items() for line in lines]
+    size = f"{study.n:,} units in {counted(study.n_clusters, 'cluster')} ({study.columns['cluster']}). Written on {date.today()}."
+    lead = f'<p>{_text(_question(self))}</p>\n<p class="small">{_text(size)}</p>\n'
+    sections = {
+        "In words": _items(_sentences(self)), "The study": _study_section(self), "Whom the estimates speak of": _whom_section(self),
+        "The methods": _methods_section(self), "The estimates": _results_section(self), "Balance and weights": _balance_section(self),
+        "Warnings": _items(said) if said else "<p>The methods gave none.</p>\n",
+        "What no data can check": _items(_SURVEY_ASSUMPTIONS if study.level == "survey" else _ASSUMPTIONS),
+        "How to cite": _citation_section(self), "Versions": f"<p>{_text(_versions())}.</p>\n"}
+    return write_file(path, _page(self.summary().title if title is None else title, lead, sections))

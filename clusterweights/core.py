@@ -8,11 +8,13 @@ from __future__ import annotations
 import difflib
 import html
 import inspect
+import os
 import textwrap
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -20,7 +22,8 @@ import pandas as pd
 # %% auto #0
 __all__ = ['TOLERANCES', 'ClusterWeightsError', 'InputError', 'EstimationError', 'SolverError', 'InfeasibleError',
            'ClusterWeightsWarning', 'DroppedUnitsWarning', 'OverlapWarning', 'shown', 'listed', 'nearest', 'counted',
-           'decimals', 'expect_error', 'caller_depth', 'expect_warning', 'Certificate', 'Table', 'interval_plot']
+           'decimals', 'expect_error', 'caller_depth', 'expect_warning', 'Certificate', 'Table', 'interval_plot',
+           'check_output', 'write_file']
 
 # %% ../nbs/00_core.ipynb #d2c968e0
 class ClusterWeightsError(Exception):
@@ -216,7 +219,35 @@ def interval_plot(labels: Sequence[str], point, low=None, high=None, *, ax=None,
     ax.plot(point, rows, marker, color="black", markerfacecolor="black" if filled else "white", markersize=6, label=label)
     if reference is not None:
         ax.axvline(reference, color="grey", linestyle="--", linewidth=1)
-    ax.set_yticks(np.arange(len(labels)), labels)
+    ax.set_yticks(np.arange(len(labels)), labels, parse_math=False)      # a dollar sign in a column's name is no formula
     ax.set_ylim(len(labels) - 0.4, -0.6)
     ax.spines[["top", "right"]].set_visible(False)
     return ax
+
+# %% ../nbs/00_core.ipynb #d1a61ad3
+def check_output(path: str | os.PathLike) -> Path:
+    "The path, if a file can be written there (one that exists is replaced); raises `InputError` if not."
+    if not isinstance(path, (str, os.PathLike)):
+        raise InputError(f"path must be the name of a file, not a {type(path).__name__}.")
+    path = Path(path)
+    if path.is_dir() or (path.exists() and not path.is_file()):
+        raise InputError(f"{str(path)!r} is a {'folder' if path.is_dir() else 'device'}: give the name of a file.")
+    if not path.parent.is_dir():
+        raise InputError(f"There is no folder {str(path.parent)!r}. Make it first, or write elsewhere.")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"Nothing can be written to the folder {str(path.parent)!r}.")
+    return path
+
+
+def write_file(path: str | os.PathLike, text: str) -> Path:
+    "Write a text file as a whole or not at all; returns its path. Raises `InputError` if it cannot be written."
+    path = check_output(path)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
+        os.replace(part, path)
+    except OSError as error:
+        raise InputError(f"{str(path)!r} cannot be written: {error.strerror or error}.") from error
+    finally:
+        part.unlink(missing_ok=True)
+    return path

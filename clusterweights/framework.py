@@ -172,7 +172,7 @@ class Balance:
         unchanged = [c for c in means[2:] if np.allclose(self.table[c], self.table[c.removesuffix(", weighted")], rtol=1e-12, atol=0)]
         columns = [c for c in means if c not in unchanged] + ["SMD", "SMD, weighted", "variance ratio, weighted", "local L2", "local L2, weighted",
                                                               "clusters judged"]
-        notes = [f"{kind} L2: " + (f"{row['before']:.3f} before, {row['after']:.3f} after weighting ({row['reduction']:.0f}% less)."
+        notes = [f"{kind} L2: " + (f"{row['before']:.3f} before, {row['after']:.3f} after weighting ({row['reduction']:z.0f}% less)."
                                    if np.isfinite(row["reduction"]) else "not defined.") for kind, row in self.l2.iterrows()]
         notes += [f"ESS {arm}: {row['before']:,.0f} before, {row['after']:,.0f} after weighting." for arm, row in self.ess.iterrows()]
         if self.undefined:

@@ -13,7 +13,7 @@ from .core import InfeasibleError, InputError, counted, listed, nearest
 from .qp import (BlockSums, Problem, Solution, block_bounds, centred, closest, exact_means, exact_totals, solve,
                                with_tolerance)
 from .study import Study
-from .weights import Weights, method, resolve_lam, weigh
+from .weights import FRAMEWORK_PAPER, Weights, method, resolve_lam, weigh
 
 # %% auto #0
 __all__ = ['solve_hierarchical', 'hierarchical_weights']
@@ -114,7 +114,7 @@ def _blame(error: InfeasibleError, problem: Problem, starts, target_mean, target
                            error.weights, error.direction, names)
 
 # %% ../nbs/12_hierarchical.ipynb #5bf5189f
-@method("hierarchical", "Hierarchical balancing", outcome_model="covariates and clusters")
+@method("hierarchical", "Hierarchical balancing", outcome_model="covariates and clusters", source=f"{FRAMEWORK_PAPER}, Equation 6.")
 def hierarchical_weights(study: Study, lam: float | str | Mapping[str, float] = "auto", *, estimand: str | None = None, target=None,
                          tolerance: float | str = 0.0, bounds: tuple[float, float] = (0, np.inf), max_share: float | None = None, cluster_weight: str = "units",
                          standardize: bool = True, solver: str = "auto") -> Weights:

@@ -594,7 +594,7 @@ def _variables(study: Study) -> Table:
     first, second = ("respondents", "others") if survey else ("treated", "control")
     frame = pd.DataFrame({f"mean {first}": values[study.treat].mean(0), f"mean {second}": values[~study.treat].mean(0),
                           "sd": values.std(0, ddof=1), "ICC": icc}, index=names)
-    return Table(frame, title="Variables", formats=dict.fromkeys(frame, ".6g") | {"sd": ".3g", "ICC": "z.3f"},
+    return Table(frame, title="Variables", formats=dict.fromkeys(frame, ".5g") | {"sd": ".3g", "ICC": "z.3f"},
                  notes=["ICC: share of the variance that lies between clusters (analysis of variance)."])
 
 
@@ -620,7 +620,8 @@ def plot(self: Study, ax=None):
     if not both.all():
         ax.plot(sizes[~both], share[~both], "o", color="black", markerfacecolor="white", markersize=5, label=f"one arm missing ({(~both).sum()})")
     ax.axhline(self.treat.mean(), color="grey", linestyle="--", linewidth=1, label="overall share")
-    ax.set(xlabel=f"units in the cluster ({self.columns['cluster']})", ylabel="share treated", ylim=(-0.04, 1.04))
+    ax.set(ylabel="share that responded" if self.level == "survey" else "share treated", ylim=(-0.04, 1.04))
+    ax.set_xlabel(f"units in the cluster ({self.columns['cluster']})", parse_math=False)     # a name may hold dollar signs
     if figure is None:
         ax.legend(loc="best", fontsize="small")
     else:                                                # a legend inside would hide clusters

@@ -24,9 +24,9 @@ from .qp import BlockSums, Problem, Solution, closest, exact_means, exact_totals
 from .study import Study, numbers_by_name, cluster_sums
 
 # %% auto #0
-__all__ = ['WEIGHTED_ARMS', 'TARGET_NOUNS', 'METHODS', 'Arm', 'group_mask', 'target_weights', 'arms', 'Method', 'method',
-           'canonical_estimand', 'Target', 'Weights', 'weigh', 'model_residuals', 'unadjusted_weights', 'resolve_lam',
-           'Feasibility', 'feasibility']
+__all__ = ['WEIGHTED_ARMS', 'TARGET_NOUNS', 'METHODS', 'FRAMEWORK_PAPER', 'Arm', 'group_mask', 'target_weights', 'arms', 'Method',
+           'method', 'canonical_estimand', 'Target', 'Weights', 'weigh', 'model_residuals', 'unadjusted_weights',
+           'resolve_lam', 'Feasibility', 'feasibility']
 
 # %% ../nbs/08_weights.ipynb #c190c258
 WEIGHTED_ARMS = {"ATT": {"controls": "treated"}, "ATC": {"treated": "controls"}, "ATE": {"controls": "all", "treated": "all"},
@@ -199,12 +199,13 @@ class Method:
     """What the package knows of a method. name : as in `compare`. label : for tables. function : Study → Weights.
 
     outcome_model : what the standard error's outcome model may use: "none", "covariates", "covariates and clusters".
-    estimands : those it can estimate in a study of treated and untreated; "mean" and "total" in a survey."""
+    estimands : those it can estimate in a study of treated and untreated; "mean" and "total" in a survey. source : the reference to cite."""
     name: str
     label: str
     function: Callable
     outcome_model: str
     estimands: tuple[str, ...]
+    source: str = ""
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -213,12 +214,13 @@ class Method:
 
 
 METHODS: dict[str, Method] = {}
+FRAMEWORK_PAPER = "Ben-Michael, E., Feller, A. & Keele, L. (2026). A weighting framework for clusters as confounders in observational studies"
 
 
-def method(name: str, label: str, *, outcome_model: str, estimands: tuple[str, ...] = ("ATT", "ATC", "ATE")) -> Callable:
+def method(name: str, label: str, *, outcome_model: str, estimands: tuple[str, ...] = ("ATT", "ATC", "ATE"), source: str = "") -> Callable:
     """Register a function `<name>_weights(study, …, *, estimand=None, …) -> Weights` as a method of that name.
 
-    The function gets the estimand by its usual name. label : for tables. outcome_model, estimands : as in `Method`."""
+    The function gets the estimand by its usual name. label : for tables. outcome_model, estimands, source : as in `Method`."""
     def register(function):
         @functools.wraps(function)
         def run(study, *args, **options):
@@ -231,7 +233,7 @@ def method(name: str, label: str, *, outcome_model: str, estimands: tuple[str, .
             weights = function(study, *args, **options)
             _warn(weights)
             return weights
-        METHODS[name] = Method(name, label, run, outcome_model, estimands)
+        METHODS[name] = Method(name, label, run, outcome_model, estimands, source)
         return run
     return register
 
@@ -600,7 +602,7 @@ def _repr_html_(self: Weights) -> str:
     return self.summary()._repr_html_()
 
 # %% ../nbs/08_weights.ipynb #a8c777e0
-@method("unadjusted", "Unadjusted", outcome_model="none")
+@method("unadjusted", "Unadjusted", outcome_model="none", source="The difference of means, in a survey the mean, without adjustment.")
 def unadjusted_weights(study: Study, *, estimand: str | None = None, cluster_weight: str = "units") -> Weights:
     """No adjustment: each unit keeps its sampling weight, scaled to the target's total. The plain difference of means (survey: the mean).
 
@@ -618,7 +620,7 @@ def plot(self: Weights, axes=None):
     masks = {arm: mask & (self.reason == "") for arm, mask in self.weighted_arms.items()}
     if axes is None:
         import matplotlib.pyplot as plt
-        _, axes = plt.subplots(1, len(masks), figsize=(1 + 5 * len(masks), 3.2), squeeze=False, layout="constrained")
+        _, axes = plt.subplots(1, len(masks), figsize=(1 + 5 * len(masks), 3.4), squeeze=False, layout="constrained")
     axes = np.atleast_1d(axes).ravel()
     for ax, (arm, mask) in zip(axes, masks.items()):
         w = self.in_order[mask] / self.in_order[mask].mean()
@@ -630,6 +632,7 @@ def plot(self: Weights, axes=None):
         ax.set(xlabel="weight, in multiples of the mean", ylabel=f"number of {arm} (log scale)", xlim=(0, None), ylim=(0.7, None),
                title=f"{arm}: {mask.sum():,} units, effective sample size {ess(w):,.0f}")
         ax.title.set_fontsize("medium")
+        ax.set_ylim(0.7, 12 * ax.get_ylim()[1])          # room for the legend
         ax.legend(loc="upper right", fontsize="small")
         ax.spines[["top", "right"]].set_visible(False)
     return axes

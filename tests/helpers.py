@@ -1,4 +1,8 @@
-"""Data and reference computations that several test files share."""
+"""Data, reference computations and the browser that several test files share."""
+
+import os
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -79,3 +83,14 @@ def residuals_by_refitting(frame, cluster=False):
             kappa = within / between if between > 0 else np.inf
         out[rows] = left_out_by_refitting(y, x, school, kappa)
     return out
+
+
+def browser():
+    "A browser of the Chromium family on this machine, or None."
+    for name in ("chromium", "chromium-browser", "google-chrome", "chrome", "msedge"):
+        if found := shutil.which(name):
+            return found
+    programs = [Path(os.environ[name]) for name in ("PROGRAMFILES", "PROGRAMFILES(X86)", "LOCALAPPDATA") if name in os.environ]
+    places = [folder / end for folder in programs for end in ("Google/Chrome/Application/chrome.exe", "Microsoft/Edge/Application/msedge.exe")]
+    places += [Path(f"/Applications/{name}.app/Contents/MacOS/{name}") for name in ("Google Chrome", "Chromium", "Microsoft Edge")]
+    return next((str(place) for place in places if place.exists()), None)

@@ -1,6 +1,8 @@
-"""The comparison's figures and sentences, the command and the shipped data."""
+"""The comparison's figures, sentences and warnings, and the shipped data."""
 
 import pickle
+import warnings
+from io import BytesIO
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +13,7 @@ from matplotlib.figure import Figure
 from numpy.testing import assert_allclose
 
 import clusterweights as cw
-from clusterweights import InputError, Study, cli, core
+from clusterweights import InputError, Study, core
 from clusterweights.comparison import Comparison, difference
 from clusterweights.datasets import late_entry_study, load_hsb, load_late_entry, load_star
 
@@ -115,6 +117,22 @@ def test_a_comparison_can_be_pickled():
     assert twin.reading() == c.reading()
 
 
+def test_a_dollar_sign_in_a_name_is_no_formula():
+    "Such labels would be set as TeX, or fail to."
+    odd = study(FRAME.rename(columns={"score": r"$\foo$", "age": r"$\bar$"}), outcome=r"$\foo$", covs=[r"$\bar$", "income"])
+    c = cw.compare(odd, ["balancing"])
+    for ax in (c.plot(Figure().subplots()), c.balances["balancing"].plot(Figure().subplots(1, 3))[0]):
+        ax.figure.savefig(BytesIO())
+    assert r"$\foo$" in c.plot(Figure().subplots()).get_xlabel()
+
+
+def test_only_effects_have_a_line_of_no_effect():
+    frame = FRAME.assign(score=FRAME["score"].where(FRAME.index % 3 > 0))
+    survey = Study.survey(frame, outcome="score", cluster="school", covs=["age", "income"])
+    lines = [[line.get_linestyle() for line in cw.compare(s, ["unadjusted"]).plot(Figure().subplots()).lines] for s in (study(), survey)]
+    assert [("--" in styles) for styles in lines] == [True, False]
+
+
 # --- refusals and failures ----------------------------------------------------------------------------------------
 
 
@@ -168,6 +186,37 @@ def test_a_comparison_in_which_all_fails_still_prints():
     c = cw.compare(too_old(), ["hierarchical"])
     assert "gave no estimate" in str(c)
     assert c.plot(Figure().subplots()) is not None
+
+
+# --- warnings -----------------------------------------------------------------------------------------------------
+
+
+def one_sided():
+    "The pupils of FRAME, without the controls of school 0."
+    return study(FRAME[(FRAME["school"] > 0) | (FRAME["late"] == 1)])
+
+
+def test_warnings_are_kept_and_say_which_method_they_are_about():
+    with pytest.warns(cw.ClusterWeightsWarning) as caught:
+        c = cw.compare(one_sided(), ["balancing", "hierarchical"])
+    kept = [f"{label}: {text}" for name, label in (("balancing", "Balancing, no clusters"), ("hierarchical", "Hierarchical balancing"))
+            for text in c.warnings.get(name, [])]
+    assert [str(w.message) for w in caught] == kept
+    assert any("Hierarchical balancing: 4 of 20 treated units were left out" in text for text in kept)
+    assert {w.filename for w in caught} == {__file__}
+
+
+def test_warnings_are_kept_where_they_are_not_shown():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert "hierarchical" in cw.compare(one_sided()).warnings
+    with warnings.catch_warnings(), pytest.raises(cw.DroppedUnitsWarning, match="Hierarchical balancing: 4 of 20"):
+        warnings.simplefilter("error")
+        cw.compare(one_sided())
+
+
+def test_no_warning_no_entry():
+    assert cw.compare(late_entry_study(), ["unadjusted"]).warnings == {}
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
@@ -230,34 +279,6 @@ def test_global_differences_are_named_whatever_their_sign(smd, named):
 def test_html_is_escaped():
     c = cw.compare(study(FRAME.rename(columns={"score": "<b>score"}), outcome="<b>score"), ["unadjusted"])
     assert "<b>" not in c._repr_html_()
-
-
-# --- command ------------------------------------------------------------------------------------------------------
-
-
-def test_the_demo_prints_what_the_methods_say(capsys):
-    assert cli.main(["demo"]) == 0
-    out, err = capsys.readouterr()
-    expected = cw.compare(late_entry_study(), lam=1.0)
-    for name in expected.table.index:
-        assert f"{expected.table.loc[name, 'estimate']:.3f}" in out
-        assert f" {expected.table.loc[name, 'ess_controls']:,.0f} " in out
-    assert " 712 " in out
-    assert err == ""
-
-
-def test_a_failure_exits_with_1_and_says_why(monkeypatch, capsys):
-    def fail():
-        raise InputError("no luck")
-    monkeypatch.setattr(cli, "demo", fail)
-    assert cli.main(["demo"]) == 1
-    assert capsys.readouterr() == ("", "InputError: no luck\n")
-
-
-def test_wrong_usage_exits_with_2(capsys):
-    with pytest.raises(SystemExit) as e:
-        cli.main(["dmo"])
-    assert e.value.code == 2
 
 
 # --- data ---------------------------------------------------------------------------------------------------------
