@@ -37,6 +37,7 @@ def _part(weights, values, arm: str) -> np.ndarray:
     "One part of the expected outcome in the study's order: a number, one for each row, or either by arm."
     values = values[arm] if isinstance(values, Mapping) else values
     study = weights.study
+    study.check_index(values)
     part = np.full(study.n, float(values)) if np.ndim(values) == 0 else study.from_rows(np.asarray(values, dtype=float))
     gap = weights.gaps[arm]
     if part.ndim != 1 or not np.isfinite(part[gap != 0]).all():
@@ -280,6 +281,7 @@ def balance_of(study: Study, weights: np.ndarray) -> Balance:
 
     weights : one number, 0 or more, for each row of the data, in the caller's row order; they should contain the sampling weights, if there are any. In a survey
     respondents are held against the full sample. Raises `InputError` for other numbers and for an arm without weight."""
+    study.check_index(weights)
     w, s, treat = study.from_rows(np.asarray(weights, dtype=float)), study.sampling_weights, study.treat
     if w.ndim != 1 or not (np.isfinite(w).all() and (w >= 0).all()):
         raise InputError("weights must be one number, 0 or more, for each row of the data.")

@@ -389,11 +389,13 @@ class Weights:
         return None if target is None else (_outside(self.study, target, False).means[0])
 
     def to_frame(self) -> pd.DataFrame:
-        "One row per row of the data, in the caller's order: cluster, treated, weight, factor, kept, reason (\"missing\" for rows left out of the study)."
+        """One row per row of the data, in the caller's order and with a pandas data frame's index: cluster, treated, weight, factor, kept, reason
+        ("missing" for rows left out of the study)."""
         s = self.study
         treated = pd.Series(s.to_rows(s.treat.astype(object), None)).astype("boolean")       # not known for rows that the study left out
         return pd.DataFrame({"cluster": s.to_rows(s.labels[s.cluster], None), "treated": treated, "weight": self.weights,
-                             "factor": self.factor, "kept": self.kept, "reason": s.to_rows(self.reason, "missing")})
+                             "factor": self.factor, "kept": self.kept, "reason": s.to_rows(self.reason, "missing")}).set_axis(
+                                 pd.RangeIndex(s.n_rows) if s._index is None else s._index)
 
     def refit(self, study: Study, **changes) -> Weights:
         "The same recipe on another study; `lam` stays what it was unless changed: refit(study, lam=\"auto\")."
@@ -495,6 +497,7 @@ def _outcome(study: Study, outcome) -> np.ndarray:
         return study.outcomes[outcome]
     if isinstance(outcome, str):
         raise InputError(f"The study has no outcome {outcome!r}." + nearest(outcome, study.outcomes))
+    study.check_index(outcome)
     try:
         numbers = np.asarray(outcome, dtype=float)
     except (TypeError, ValueError) as error:
@@ -537,6 +540,7 @@ def estimate(self: Weights, outcome=None, by=None) -> Estimate | pd.DataFrame:
         return contrast(y, study.treat, self.in_order, residuals, self.estimand)
     if isinstance(by, str) or np.ndim(by) != 1:
         raise InputError("by must be one column of values, in the order of the data's rows: by=data['group'].")
+    study.check_index(by)
     return _by_group(self, y, residuals, study.from_rows(np.asarray(by)))
 
 # %% ../nbs/08_weights.ipynb #198535f5
