@@ -171,7 +171,7 @@ class Certificate:
         return ("certified" if self.ok else f"NOT certified ({', '.join(self.failures)})") + f": {values}"
 
 # %% ../nbs/00_core.ipynb #f410589b
-def _wrapped(text: str) -> str: return textwrap.fill(text, 100, subsequent_indent="  ")
+def _wrapped(text: str) -> str: return textwrap.fill(text, 100, subsequent_indent="  ", break_on_hyphens=False)
 
 
 @dataclass(frozen=True)
