@@ -113,6 +113,8 @@ def demo(chosen: argparse.Namespace) -> int:
     for path in (chosen.out, chosen.data):
         if path is not None:
             check_output(path)
+    if chosen.out is not None and chosen.data is not None and Path(chosen.out).resolve() == Path(chosen.data).resolve():
+        chosen.parser.error("--out and --data must be different files")
     print(_DEMO, end="\n\n")
     if chosen.data is not None:
         print(f"Data written to {_write_csv(chosen.data, load_late_entry())}\n")
@@ -192,6 +194,8 @@ def _number(what: str, fits, *words: str):
 
 def _method_names(text: str) -> list[str]:
     names = text.replace(",", " ").split()
+    if not names:
+        raise argparse.ArgumentTypeError(f"names no method; choose from {', '.join(METHODS)}")
     for name in names:
         if name not in METHODS:
             raise argparse.ArgumentTypeError(f"unknown method {name!r}.{nearest(name, METHODS)}")
@@ -236,7 +240,7 @@ def _parser() -> argparse.ArgumentParser:
     one = commands.add_parser("demo", help="analyse the late-entry data that come with the package", description=_DEMO, epilog=_CODES, **looks)
     one.add_argument("--out", metavar="FILE", help="write a report (HTML)")
     one.add_argument("--data", metavar="FILE", help="write the data (CSV), to try `compare` with")
-    one.set_defaults(run=demo)
+    one.set_defaults(run=demo, parser=one)
     two = commands.add_parser("compare", help="compare methods on data of your own", description=_COMPARE, epilog=_MORE + _EXAMPLE + _CODES, **looks)
     _add_options(two)
     two.set_defaults(run=_compare, parser=two)
