@@ -127,6 +127,8 @@ def _check_files(report: str | None, table: str | None) -> None:
 def demo(chosen: argparse.Namespace) -> int:
     "The late-entry example: the study, the comparison of three methods, and its reading."
     _check_files(chosen.out, chosen.data)
+    if chosen.out is not None and chosen.data is not None and Path(chosen.out).resolve() == Path(chosen.data).resolve():
+        chosen.parser.error("--out and --data must be different files")
     print(_DEMO, end="\n\n")
     if chosen.data is not None:
         print(f"Data written to {_write_csv(chosen.data, load_late_entry())}\n")
@@ -206,6 +208,8 @@ def _number(what: str, fits, *words: str):
 
 def _method_names(text: str) -> list[str]:
     names = text.replace(",", " ").split()
+    if not names:
+        raise argparse.ArgumentTypeError(f"names no method; choose from {', '.join(METHODS)}")
     for name in names:
         if name not in METHODS:
             raise argparse.ArgumentTypeError(f"unknown method {name!r}.{nearest(name, METHODS)}")
@@ -254,7 +258,7 @@ def _parser() -> argparse.ArgumentParser:
     one = commands.add_parser("demo", help="analyse the late-entry data that come with the package", description=_DEMO, epilog=_CODES, **looks)
     one.add_argument("--out", metavar="FILE", help="write a report (HTML)")
     one.add_argument("--data", metavar="FILE", help="write the data (CSV), to try `compare` with")
-    one.set_defaults(run=demo)
+    one.set_defaults(run=demo, parser=one)
     two = commands.add_parser("compare", help="compare methods on data of your own", description=_COMPARE, epilog=_MORE + _EXAMPLE + _CODES, **looks)
     _add_options(two)
     two.set_defaults(run=_compare, parser=two)

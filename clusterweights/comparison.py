@@ -228,7 +228,8 @@ def _change_in_words(c: Comparison) -> list[str]:
             f"Among the {c.table.loc['hierarchical', 'units']:,} units that {METHODS['hierarchical'].label} speaks of, {METHODS['balancing'].label} gives "
             f"{across:z,.{p}f}; comparing within clusters moves that") + f" by {change:+,.{p}f} (standard error of the change {error:,.{p}f})"
     return [text + (": no more than chance would, so these data do not show that clusters matter beyond the covariates, nor do they rule it out."
-                    if abs(change) < 1.96 * error else ": more than chance would, so clusters differ in ways that the covariates do not capture.")]
+                    if abs(change) < 1.96 * error else ": more than chance would. Either clusters differ in ways that the covariates do not "
+                    "capture, or a covariate matters in another way than through its mean: try powers and interactions.")]
 
 
 def _estimates(c: Comparison) -> list[str]:
@@ -380,7 +381,7 @@ _LONG = 34         # names with more letters would leave no room for the figure;
 
 def _inline(svg: str, prefix: str, alt: str) -> str:
     "An SVG document as an element of a page: ids with a prefix of their own, no style rules, described by `alt`."
-    root = ElementTree.fromstring(re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f]", "\ufffd", svg))
+    root = ElementTree.fromstring(re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]", "\ufffd", svg))
     for element in root.iter():
         element.tag = element.tag.split("}")[-1]
         for name, value in list(element.attrib.items()):
@@ -443,6 +444,8 @@ def _question(c: Comparison) -> str:
     "The question that the comparison answers."
     outside = any(w.outside is not None for w in c.weights.values())
     text = _QUESTIONS[c.estimand].format(treat=None if c.study.level == "survey" else c.study.contrast, outcome=c.study.columns["outcome"][0])
+    if c.study.totals is not None:
+        return text.replace(", had everybody answered?", " in the population of the totals?")
     return text.replace("all units?", "the units of another population?") if outside and c.estimand == "ATE" else text
 
 

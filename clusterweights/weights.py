@@ -18,7 +18,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 from .core import DroppedUnitsWarning, EstimationError, InfeasibleError, InputError, OverlapWarning, Table, caller_depth, counted, listed, nearest, shown
-from .framework import Balance, balance, compare_groups, ess, standardized_differences
+from .framework import Balance, balance, compare_groups, ess, panels, standardized_differences
 from .inference import Estimate, contrast, left_out_residuals, weighted_mean
 from .qp import BlockSums, Problem, Solution, closest, exact_means, exact_totals
 from .study import Study, numbers_by_name, cluster_sums
@@ -625,7 +625,7 @@ def plot(self: Weights, axes=None):
     if axes is None:
         import matplotlib.pyplot as plt
         _, axes = plt.subplots(1, len(masks), figsize=(1 + 5 * len(masks), 3.4), squeeze=False, layout="constrained")
-    axes = np.atleast_1d(axes).ravel()
+    axes = panels(axes, len(masks))
     for ax, (arm, mask) in zip(axes, masks.items()):
         w = self.in_order[mask] / self.in_order[mask].mean()
         zeros, top = int((w == 0).sum()), w.max()

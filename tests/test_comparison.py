@@ -235,7 +235,7 @@ def test_the_change_is_judged_by_its_own_error(strength, by, more):
     change, error = difference(*weights)
     assert (abs(change) > 1.96 * error) == more
     reading = comparison(weights).reading()
-    assert (": more than chance would, so clusters differ" in reading) == more
+    assert (": more than chance would. Either clusters differ" in reading) == more
     assert (": no more than chance would, so these data do not show" in reading) != more
     assert f"moves the estimate by {'+' if change > 0 else '-'}" in reading
 
