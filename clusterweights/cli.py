@@ -234,7 +234,7 @@ def _add_options(command: argparse.ArgumentParser) -> None:
     text.add_argument("--decimal", metavar="MARK", default=".", help="the decimal mark: , for 2,5 (default .)")
     text.add_argument("--encoding", metavar="NAME", default="utf-8", help="the encoding: latin-1 for example (default utf-8)")
     how = command.add_argument_group("how to compare")
-    how.add_argument("--estimand", choices=["ATT", "ATC", "ATE", "ATO"], type=str.upper,
+    how.add_argument("--estimand", choices=["ATT", "ATC", "ATE", "ATO"], type=lambda name: {"ATET": "ATT", "ATTE": "ATT"}.get(name.upper(), name.upper()),
                      help="the effect on the treated (ATT, default), the untreated, everybody, or the overlap of both (--methods balancing only)")
     how.add_argument("--methods", type=_method_names, default=["unadjusted", "balancing", "hierarchical"], metavar="NAMES",
                      help=f"separated by commas, from: {', '.join(METHODS)} (default: unadjusted,balancing,hierarchical)")

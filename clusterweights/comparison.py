@@ -78,7 +78,7 @@ def _row(weights: Weights, balance: Balance, level: float) -> dict:
     return {"estimate": effect.estimate, "std_error": effect.std_error, "conf_low": low, "conf_high": high,
             **{f"ess_{arm}": size for arm, size in weights.ess.items()}, "l2_global": l2.loc["global", "after"], "l2_local": l2.loc["local", "after"],
             "global_reduction": l2.loc["global", "reduction"], "local_reduction": l2.loc["local", "reduction"],
-            "units": weights.target.units, "clusters": weights.target.clusters, "status": weights.status}
+            "units": weights.target.units, "clusters": weights.target.clusters or np.nan, "status": weights.status}
 
 
 def _check_methods(study, methods: Sequence[str], options: Mapping) -> None:
@@ -495,7 +495,7 @@ def _methods_section(c: Comparison) -> str:
         what = f"{inspect.getdoc(METHODS[name].function).splitlines()[0]} Standard error {_OUTCOME_MODELS[METHODS[name].outcome_model]}."
         out += f"<dt>{_text(METHODS[name].label)}</dt>\n<dd>{_text(what)}</dd>\n"
         out += f"<dd>It gave no estimate: {_text(c.table.loc[name, 'status'])}.</dd>\n" if name in c.errors else ""
-    facts = [w.summary().cells()[""].rename(METHODS[name].label) for name, w in c.weights.items()]
+    facts = [w.summary(c.balances[name]).cells()[""].rename(METHODS[name].label) for name, w in c.weights.items()]
     out += "</dl>\n"
     return out + _html_table(pd.concat(facts, axis=1, sort=False).fillna("–"), "Options, weights and solver", words=True) if facts else out
 

@@ -289,7 +289,7 @@ class Weights:
     """Weights of a method for a study.
 
     study, method (name), params : what was asked of whom; params["lam"] is the number that was used (one for each weighted arm, if there are
-    two). estimand : "ATT", "ATC", "ATE", in a survey "mean" or "total". in_order, reason : (n,) weights, and why a unit is left out, in the study's order.
+    two). estimand : "ATT", "ATC", "ATE", "ATO", in a survey "mean" or "total". in_order, reason : (n,) weights, and why a unit is left out, in the study's order.
     solutions : the solver's solution for each weighted arm, with its certificate; empty if the weights have a closed form. outside : the
     target, if it came from outside the study."""
     study: Study
@@ -571,9 +571,9 @@ def _value(option) -> str:
 
 
 @patch
-def summary(self: Weights) -> Table:
-    "What was done, for whom, how the weights look, what they balance, and how the solver fared."
-    kept, balanced = self.reason == "", self.balance()
+def summary(self: Weights, balance: Balance | None = None) -> Table:
+    "What was done, for whom, how the weights look, what they balance, and how the solver fared. balance : `self.balance()`, if it is at hand already."
+    kept, balanced = self.reason == "", self.balance() if balance is None else balance
     options = ", ".join(f"{k}={_value(v)}" for k, v in self.params.items() if k != "estimand" and not (k == "target" and v is None))
     facts = {"method": f"{METHODS[self.method].label} ({options})" if options else METHODS[self.method].label,
              "estimand": f"{self.estimand}: " + ("of " if self.study.level == "survey" else "effect on ") + f"{self.target}"}
