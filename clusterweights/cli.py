@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
+import shlex
 import sys
 import warnings
 import zlib
@@ -16,7 +18,7 @@ from pathlib import Path
 import pandas as pd
 
 from . import __version__
-from .comparison import Comparison, compare
+from .comparison import REPORT_ENDINGS, Comparison, compare
 from .core import ClusterWeightsError, ClusterWeightsWarning, InputError, check_output, listed, nearest, shown, write_file
 from .datasets import late_entry_study, load_late_entry
 from .study import Study
@@ -29,10 +31,10 @@ __all__ = ['read_data', 'column_names', 'demo', 'main']
 _ENDINGS = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
 
 
-def read_data(path: str) -> pd.DataFrame:
-    """A data frame from a file: .csv or .tsv (UTF-8, a header, `NA` or nothing where a value is missing; also .gz), or .parquet.
+def read_data(path: str, sep: str | None = None, decimal: str = ".", encoding: str = "utf-8") -> pd.DataFrame:
+    """A data frame from a file: .csv or .tsv (a header, `NA` or nothing where a value is missing; also .gz), or .parquet.
 
-    Raises `InputError` if there is no such file, if it cannot be read, or if its name ends in something else."""
+    sep : what separates values in a text file (default: a comma, in .tsv a tab). decimal : the decimal mark. encoding : of the text. Raises `InputError` if there is no such file, if it cannot be read, or if its name ends in something else."""
     file, ending = Path(path), next((e for e in _ENDINGS if str(path).lower().endswith(e)), None)
     if not file.is_file():
         beside = [other.name for other in file.parent.iterdir()] if file.parent.is_dir() else []
@@ -42,19 +44,20 @@ def read_data(path: str) -> pd.DataFrame:
     try:
         if ending == ".parquet":
             return pd.read_parquet(file)
-        separator = "\t" if ending.startswith(".tsv") else ","
-        header = pd.read_csv(file, sep=separator, header=None, nrows=1, dtype=str).iloc[0].dropna()
-        data = pd.read_csv(file, sep=separator, low_memory=False)
+        how = {"sep": sep or ("\t" if ending.startswith(".tsv") else ","), "encoding": encoding}
+        header = pd.read_csv(file, header=None, nrows=1, dtype=str, **how).iloc[0].dropna()
+        data = pd.read_csv(file, low_memory=False, decimal=decimal, **how)
     except ImportError:
         raise InputError("Parquet files need the package pyarrow: python -m pip install pyarrow. Or save the data as .csv.") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path!r} is not UTF-8 text. Save it as UTF-8.") from None
+    except (UnicodeDecodeError, LookupError):
+        raise InputError(f"{path!r} is not {encoding} text. Say what it is, for example --encoding latin-1, or save it as UTF-8.") from None
     except (OSError, ValueError, EOFError, zlib.error) as error:
         raise InputError(f"{path!r} cannot be read: {str(error).splitlines()[0]}") from None
     if header.duplicated().any():
         raise InputError(f"{path!r} has two columns of the name {shown(header[header.duplicated()].iloc[0])}.")
     if len(data.columns) == 1 and any(mark in header.iloc[0] for mark in ";\t|"):
-        raise InputError(f"{path!r} seems to have one column only, {header.iloc[0]!r}. Values must be separated by commas, in a .tsv by tabs.")
+        raise InputError(f"{path!r} seems to have one column only, {header.iloc[0]!r}. Say what separates its values: --sep ';' (and --decimal , "
+                         "if numbers are written with commas).")
     if not isinstance(data.index, pd.RangeIndex):
         raise InputError(f"{path!r} has more values in its rows than names in its header.")
     return data
@@ -84,6 +87,11 @@ standard deviations? Late pupils differ from the others, and the schools they en
 ways to compare them follow."""
 
 
+_NEXT = """
+Next: your own data. `clusterweights demo --data late.csv` writes these data into a file to try with, and `clusterweights compare --help`
+says how to compare methods on a file."""
+
+
 def _weights_table(comparison: Comparison) -> pd.DataFrame:
     "One row per row of the data: its number, cluster and arm, and each method's weight with the reason where it is left out."
     frames = {name: weights.to_frame() for name, weights in comparison.weights.items()}
@@ -103,20 +111,30 @@ def _show(comparison: Comparison, out: str | None, weights: str | None = None) -
     if out is not None:
         written.append(f"Report written to {comparison.report(out)}")
     for name, error in comparison.errors.items():
-        print(f"{METHODS[name].label} gave no estimate: {error}", file=sys.stderr)
+        print(f"{METHODS[name].label} gave no estimate: {_for_a_terminal(error)}", file=sys.stderr)
     print(comparison.study.describe().facts, comparison, *written, sep="\n\n")
     return 0 if comparison.weights else 1
 
 
+def _check_files(report: str | None, table: str | None) -> None:
+    "Raises `InputError` if a report or a table cannot be written, before anything is computed."
+    if report is not None:
+        check_output(report, REPORT_ENDINGS)
+    if table is not None:
+        check_output(table)
+
+
 def demo(chosen: argparse.Namespace) -> int:
     "The late-entry example: the study, the comparison of three methods, and its reading."
-    for path in (chosen.out, chosen.data):
-        if path is not None:
-            check_output(path)
+    _check_files(chosen.out, chosen.data)
+    if chosen.out is not None and chosen.data is not None and Path(chosen.out).resolve() == Path(chosen.data).resolve():
+        chosen.parser.error("--out and --data must be different files")
     print(_DEMO, end="\n\n")
     if chosen.data is not None:
         print(f"Data written to {_write_csv(chosen.data, load_late_entry())}\n")
-    return _show(compare(late_entry_study(), lam=1.0), chosen.out)
+    code = _show(compare(late_entry_study(), lam=1.0), chosen.out)
+    print(_NEXT)
+    return code
 
 # %% ../nbs/21_cli.ipynb #059153f4
 def _check_usage(chosen: argparse.Namespace) -> None:
@@ -134,10 +152,8 @@ def _check_usage(chosen: argparse.Namespace) -> None:
 def _compare(chosen: argparse.Namespace) -> int:
     "Compare methods on the data of a file."
     _check_usage(chosen)
-    for path in (chosen.out, chosen.weights):
-        if path is not None:
-            check_output(path)
-    data = read_data(chosen.data)
+    _check_files(chosen.out, chosen.weights)
+    data = read_data(chosen.data, chosen.sep, chosen.decimal, chosen.encoding)
     roles = {"outcome": chosen.outcome, "sampling_weights": chosen.sampling_weights, "missing": chosen.missing}
     treat = chosen.treat if chosen.formula is None else chosen.formula.split("~")[0].strip().strip("`")
     if chosen.treated is not None:
@@ -192,6 +208,8 @@ def _number(what: str, fits, *words: str):
 
 def _method_names(text: str) -> list[str]:
     names = text.replace(",", " ").split()
+    if not names:
+        raise argparse.ArgumentTypeError(f"names no method; choose from {', '.join(METHODS)}")
     for name in names:
         if name not in METHODS:
             raise argparse.ArgumentTypeError(f"unknown method {name!r}.{nearest(name, METHODS)}")
@@ -211,8 +229,12 @@ def _add_options(command: argparse.ArgumentParser) -> None:
     roles.add_argument("--sampling-weights", metavar="COLUMN", help="how many people each row stands for")
     roles.add_argument("--missing", choices=["error", "drop", "indicator"], default="error",
                        help="rows with missing values: stop (default), leave them out, or fill covariates and mark the gaps")
+    text = command.add_argument_group("how a text file is written")
+    text.add_argument("--sep", metavar="MARK", help="what separates values: ';' for example (default: a comma, in .tsv files a tab)")
+    text.add_argument("--decimal", metavar="MARK", default=".", help="the decimal mark: , for 2,5 (default .)")
+    text.add_argument("--encoding", metavar="NAME", default="utf-8", help="the encoding: latin-1 for example (default utf-8)")
     how = command.add_argument_group("how to compare")
-    how.add_argument("--estimand", choices=["ATT", "ATC", "ATE", "ATO"], type=str.upper,
+    how.add_argument("--estimand", choices=["ATT", "ATC", "ATE", "ATO"], type=lambda name: {"ATET": "ATT", "ATTE": "ATT"}.get(name.upper(), name.upper()),
                      help="the effect on the treated (ATT, default), the untreated, everybody, or the overlap of both (--methods balancing only)")
     how.add_argument("--methods", type=_method_names, default=["unadjusted", "balancing", "hierarchical"], metavar="NAMES",
                      help=f"separated by commas, from: {', '.join(METHODS)} (default: unadjusted,balancing,hierarchical)")
@@ -236,14 +258,22 @@ def _parser() -> argparse.ArgumentParser:
     one = commands.add_parser("demo", help="analyse the late-entry data that come with the package", description=_DEMO, epilog=_CODES, **looks)
     one.add_argument("--out", metavar="FILE", help="write a report (HTML)")
     one.add_argument("--data", metavar="FILE", help="write the data (CSV), to try `compare` with")
-    one.set_defaults(run=demo)
+    one.set_defaults(run=demo, parser=one)
     two = commands.add_parser("compare", help="compare methods on data of your own", description=_COMPARE, epilog=_MORE + _EXAMPLE + _CODES, **looks)
     _add_options(two)
     two.set_defaults(run=_compare, parser=two)
     return parser
 
 # %% ../nbs/21_cli.ipynb #9526de9e
-def _say(message, *_) -> None: print(f"Warning: {message}", file=sys.stderr)
+_AS_PYTHON = re.compile(r"""\b(treated|missing|tolerance|lam|treat|cluster|covs|outcome)=(?:(["'])(.+?)\2|([^\s"',;.)]+))""")
+
+
+def _for_a_terminal(message) -> str:
+    "A message of the package with its options as one types them: --missing drop for missing=\"drop\"."
+    return _AS_PYTHON.sub(lambda found: f"--{found[1]} " + shlex.quote(found[3] or found[4]), str(message))
+
+
+def _say(message, *_) -> None: print(f"Warning: {_for_a_terminal(message)}", file=sys.stderr)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -264,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except ClusterWeightsError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(f"{type(error).__name__}: {_for_a_terminal(error)}", file=sys.stderr)
         return 1
     except BrokenPipeError:                             # who reads the output has seen enough, as `head` has after ten lines
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -13,7 +13,7 @@ import re
 import textwrap
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from importlib import metadata
 from io import StringIO
@@ -27,14 +27,14 @@ from fastcore.basics import patch
 import clusterweights.balancing  # noqa: F401  (importing a method's module registers it)
 import clusterweights.hierarchical  # noqa: F401
 from . import __version__
-from .core import (ClusterWeightsWarning, EstimationError, InfeasibleError, InputError, SolverError, Table, caller_depth, check_output,
+from .core import (ClusterWeightsError, ClusterWeightsWarning, EstimationError, InfeasibleError, InputError, SolverError, Table, caller_depth, check_output,
                                  counted, decimals, interval_plot, listed, nearest, write_file)
 from .framework import Balance, love_plot
 from .study import Study
 from .weights import FRAMEWORK_PAPER, METHODS, TARGET_NOUNS, WEIGHTED_ARMS, Weights, canonical_estimand, model_residuals
 
 # %% auto #0
-__all__ = ['Comparison', 'compare', 'difference']
+__all__ = ['REPORT_ENDINGS', 'Comparison', 'compare', 'difference']
 
 # %% ../nbs/20_comparison.ipynb #140f66e9
 @dataclass(frozen=True, repr=False, eq=False)
@@ -45,7 +45,8 @@ class Comparison:
     Columns of `table`: label, estimate, std_error, conf_low, conf_high, ess_treated, ess_controls, ess_respondents, l2_global, l2_local
     (after weighting), global_reduction, local_reduction (percent), units, clusters (target units kept, and their clusters), status.
     level : of the intervals. estimand : what is estimated.
-    ignored : options that change whom an estimate speaks of and that a method does not have. warnings : those that a method gave."""
+    ignored : options that change whom an estimate speaks of and that a method does not have. warnings : those that a method gave.
+    change : for the units of the hierarchical estimate, the balancing estimate, how far comparing within clusters moves it, and the standard error of that; or None."""
     study: Study
     table: pd.DataFrame
     weights: Mapping[str, Weights]
@@ -55,8 +56,12 @@ class Comparison:
     estimand: str
     ignored: Mapping[str, list[str]] = field(default_factory=dict)
     warnings: Mapping[str, list[str]] = field(default_factory=dict)
+    change: tuple[float, float, float] | None = None
 
-    def __str__(self) -> str: return f"{self.summary()}\n\n{textwrap.fill(self.reading(), 110)}"
+    def __str__(self) -> str:
+        table = self.summary()
+        upright = Table(table.cells().T, table.title, self._notes())                    # methods side by side fit a terminal
+        return f"{upright}\n\n{textwrap.fill(self.reading(), 110)}"
     __repr__ = __str__
 
 # %% ../nbs/20_comparison.ipynb #8764885c
@@ -73,7 +78,7 @@ def _row(weights: Weights, balance: Balance, level: float) -> dict:
     return {"estimate": effect.estimate, "std_error": effect.std_error, "conf_low": low, "conf_high": high,
             **{f"ess_{arm}": size for arm, size in weights.ess.items()}, "l2_global": l2.loc["global", "after"], "l2_local": l2.loc["local", "after"],
             "global_reduction": l2.loc["global", "reduction"], "local_reduction": l2.loc["local", "reduction"],
-            "units": weights.target.units, "clusters": weights.target.clusters, "status": weights.status}
+            "units": weights.target.units, "clusters": weights.target.clusters or np.nan, "status": weights.status}
 
 
 def _check_methods(study, methods: Sequence[str], options: Mapping) -> None:
@@ -104,7 +109,8 @@ def compare(study: Study, methods: Sequence[str] = ("unadjusted", "balancing", "
     """Run several methods on one study and put their results side by side.
 
     methods : names of registered methods, in the order of the table. level : of the intervals. options : passed to each method that
-    has an option of that name, for example lam=1.0. A method that finds no weights stays in the table with its reason; any other
+    has an option of that name: estimand ("ATT", "ATC", "ATE", "ATO"), lam, tolerance, bounds, max_share, cluster_weight, target, solver; what they
+    mean is said at `hierarchical_weights` and `balancing_weights`. A method that finds no weights stays in the table with its reason; any other
     error is raised. Warnings say which method they are about."""
     _check_methods(study, methods, options)
     rows, weights, balances, errors, said = {}, {}, {}, {}, {}
@@ -126,7 +132,8 @@ def compare(study: Study, methods: Sequence[str] = ("unadjusted", "balancing", "
         _give_again(caught, METHODS[name].label)
     table = pd.DataFrame.from_dict(rows, orient="index", columns=_COLUMNS)
     ignored = {name: [o for o in options if o not in METHODS[name].options and o in _TARGETING] for name in rows}
-    return Comparison(study, table, weights, balances, errors, level, estimand, *({k: v for k, v in d.items() if v} for d in (ignored, said)))
+    return Comparison(study, table, weights, balances, errors, level, estimand, *({k: v for k, v in d.items() if v} for d in (ignored, said)),
+                      _change(weights))
 
 # %% ../nbs/20_comparison.ipynb #2a37881e
 @patch
@@ -139,18 +146,26 @@ def summary(self: Comparison) -> Table:
         **{f"ESS {arm}": t[f"ess_{arm}"] for arm in WEIGHTED_ARMS[self.estimand]}, "L2 global": t["l2_global"], "L2 local": t["l2_local"],
         "global, % less": t["global_reduction"], "local, % less": t["local_reduction"],
         "units": t["units"], "clusters": t["clusters"], "status": t["status"]}).set_axis(t["label"].to_numpy())
-    places = f"z.{decimals(t['std_error'].min())}f"
+    places = f"z,.{decimals(t['std_error'].min())}f"
     formats = dict.fromkeys(frame, "z.3f") | dict.fromkeys(list(frame)[:4], places) | dict.fromkeys(
         ["ESS treated", "ESS controls", "ESS respondents", "units", "clusters"], ",.0f") | dict.fromkeys(
         ["global, % less", "local, % less"], "z.0f")
-    notes = ["ESS: effective sample size. L2: root mean square of standardised differences after weighting, over the whole "
-             "sample (global) and within clusters (local), and by how many percent it fell.",
-             f"units, clusters: whom the estimate speaks of, among {TARGET_NOUNS[self.estimand]}."]
-    notes += [f"{METHODS[name].label}: {error}" for name, error in self.errors.items()]
     outcome = self.study.columns["outcome"][0]
     title = (f"{self.estimand.capitalize()} of {outcome}" if self.study.level == "survey" else
-             f"Effect of {self.study.columns['treat']} on {outcome} ({self.estimand})")
-    return Table(frame, title=title, notes=notes, formats=formats)
+             f"Effect of {self.study.contrast} on {outcome} ({self.estimand})")
+    return Table(frame, title=title, notes=self._notes() + [f"{METHODS[name].label}: {error}" for name, error in self.errors.items()], formats=formats)
+
+
+@patch
+def _notes(self: Comparison) -> list[str]:
+    "What the table's columns mean, and the `lam` of methods that have one."
+    prices = {METHODS[name].label: w.params["lam"] for name, w in self.weights.items() if "lam" in w.params}
+    said = "; ".join(f"{label} " + (", ".join(f"{v:.3g} for the {arm}" for arm, v in lam.items()) if isinstance(lam, Mapping) else f"{lam:.3g}")
+                     for label, lam in prices.items())
+    return ["std. error: of chance among these units in these clusters, not for other clusters (not cluster-robust).",
+            "ESS: effective sample size. L2: root mean square of standardised differences after weighting, over the whole "
+            "sample (global) and within clusters (local), and by how many percent it fell.",
+            f"units, clusters: whom the estimate speaks of, among {TARGET_NOUNS[self.estimand]}."] + ([f"lam, the price of uneven weights: {said}."] if said else [])
 
 # %% ../nbs/20_comparison.ipynb #311ae666
 @patch
@@ -158,7 +173,7 @@ def plot(self: Comparison, ax=None):
     "Forest plot: each method's estimate and interval; returns the Axes."
     t = self.table
     ax = interval_plot(list(t["label"]), t["estimate"], t["conf_low"], t["conf_high"], ax=ax, reference=None if self.study.level == "survey" else 0.0)
-    what = f"{self.estimand} of" if self.study.level == "survey" else f"effect of {self.study.columns['treat']} on"
+    what = f"{self.estimand} of" if self.study.level == "survey" else f"effect of {self.study.contrast} on"
     ax.set_xlabel(f"{what} {self.study.columns['outcome'][0]} ({100 * self.level:g}% interval)", parse_math=False)
     return ax
 
@@ -170,6 +185,7 @@ def plot_balance(self: Comparison, axes=None):
 
 # %% ../nbs/20_comparison.ipynb #659943b8
 _NOTICEABLE = 0.1    # the usual threshold for a standardised difference
+_LITTLE = 25         # percent: a local imbalance that fell by less is no success
 
 
 def _shares(weights: Weights) -> np.ndarray:
@@ -184,15 +200,36 @@ def difference(first: Weights, second: Weights) -> tuple[float, float]:
     return float(change @ np.where(change != 0, y, 0.0)), float(np.sqrt((change**2 * model_residuals(second, y) ** 2).sum()))
 
 
-def _change(c: Comparison) -> list[str]:
-    "What comparing within clusters changes, where the two estimates speak of the same units."
-    if not {"balancing", "hierarchical"} <= set(c.weights) or c.table.loc["balancing", "units"] != c.table.loc["hierarchical", "units"]:
+def _change(weights: Mapping[str, Weights]) -> tuple[float, float, float] | None:
+    "The balancing estimate for the units of the hierarchical one, the step from it to the latter, and that step's standard error."
+    if not {"balancing", "hierarchical"} <= set(weights):
+        return None
+    across, within = weights["balancing"], weights["hierarchical"]
+    if across.target.units != within.target.units:
+        kept = within.reason == ""
+        part = within.study.restrict(kept)
+        within = replace(within, study=part, in_order=within.in_order[kept], reason=within.reason[kept])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ClusterWeightsWarning)       # they would speak of a comparison nobody asked for
+            try:
+                across = across.refit(part)
+            except ClusterWeightsError:
+                return None
+    return (across.estimate().estimate, *difference(across, within))
+
+
+def _change_in_words(c: Comparison) -> list[str]:
+    if c.change is None:
         return []
-    change, error = difference(c.weights["balancing"], c.weights["hierarchical"])
-    text = (f"Comparing within clusters instead of across them moves the estimate by {change:+.{decimals(error)}f} (standard error of the change "
-            f"{error:.{decimals(error)}f})")
+    across, change, error = c.change
+    p = decimals(error)
+    same = c.table.loc["balancing", "units"] == c.table.loc["hierarchical", "units"]
+    text = ("Comparing within clusters instead of across them moves the estimate" if same else
+            f"Among the {c.table.loc['hierarchical', 'units']:,} units that {METHODS['hierarchical'].label} speaks of, {METHODS['balancing'].label} gives "
+            f"{across:z,.{p}f}; comparing within clusters moves that") + f" by {change:+,.{p}f} (standard error of the change {error:,.{p}f})"
     return [text + (": no more than chance would, so these data do not show that clusters matter beyond the covariates, nor do they rule it out."
-                    if abs(change) < 1.96 * error else ": more than chance would, so clusters differ in ways that the covariates do not capture.")]
+                    if abs(change) < 1.96 * error else ": more than chance would. Either clusters differ in ways that the covariates do not "
+                    "capture, or a covariate matters in another way than through its mean: try powers and interactions.")]
 
 
 def _estimates(c: Comparison) -> list[str]:
@@ -200,8 +237,8 @@ def _estimates(c: Comparison) -> list[str]:
     out = []
     for _, row in done.iterrows():
         p = decimals(row["std_error"])
-        out.append(f"{row['label']}: {row['estimate']:z.{p}f} ({100 * c.level:g}% interval {row['conf_low']:z.{p}f} to {row['conf_high']:z.{p}f}).")
-    return out + _change(c)
+        out.append(f"{row['label']}: {row['estimate']:z,.{p}f} ({100 * c.level:g}% interval {row['conf_low']:z,.{p}f} to {row['conf_high']:z,.{p}f}).")
+    return out + _change_in_words(c)
 
 
 def _imbalances(c: Comparison) -> list[str]:
@@ -215,6 +252,11 @@ def _imbalances(c: Comparison) -> list[str]:
     if local.isna().any():
         out.append("Local imbalance is not defined: " + ("population totals have no clusters." if c.study.totals is not None else
                                                          "no cluster has two units in each arm."))
+    elif len(local) and c.table.loc[list(c.weights), "local_reduction"].max() < _LITTLE:
+        best = local.idxmin()
+        out.append(f"Within clusters large differences remain, whatever the method ({local[best]:.3f} standard deviations with {METHODS[best].label}"
+                   + (f", {local['unadjusted']:.3f} unadjusted" if "unadjusted" in local.index and best != "unadjusted" else "")
+                   + "): the clusters are too small, or their arms too different, for these covariates.")
     elif len(local) > 1 and c.table.loc[list(c.weights), "units"].nunique() == 1:
         best = local.idxmin()
         out.append(f"Local imbalance is smallest with {METHODS[best].label} ({local[best]:.3f}"
@@ -339,7 +381,7 @@ _LONG = 34         # names with more letters would leave no room for the figure;
 
 def _inline(svg: str, prefix: str, alt: str) -> str:
     "An SVG document as an element of a page: ids with a prefix of their own, no style rules, described by `alt`."
-    root = ElementTree.fromstring(re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f]", "\ufffd", svg))
+    root = ElementTree.fromstring(re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]", "\ufffd", svg))
     for element in root.iter():
         element.tag = element.tag.split("}")[-1]
         for name, value in list(element.attrib.items()):
@@ -389,6 +431,7 @@ def _figure(prefix: str, draw: Callable, size: tuple[float, float], alt: str, ca
     return f"<figure>\n{scrolls}\n<figcaption>{_text(caption)}</figcaption>\n</figure>\n"
 
 # %% ../nbs/20_comparison.ipynb #176801a1
+REPORT_ENDINGS = (".html", ".htm")
 _QUESTIONS = {"ATT": "What did “{treat}” do to “{outcome}” among the units that had it?",
               "ATC": "What would “{treat}” do to “{outcome}” among the units that did not have it?",
               "ATE": "What would “{treat}” do to “{outcome}” among all units?",
@@ -400,7 +443,9 @@ _QUESTIONS = {"ATT": "What did “{treat}” do to “{outcome}” among the uni
 def _question(c: Comparison) -> str:
     "The question that the comparison answers."
     outside = any(w.outside is not None for w in c.weights.values())
-    text = _QUESTIONS[c.estimand].format(treat=c.study.columns.get("treat"), outcome=c.study.columns["outcome"][0])
+    text = _QUESTIONS[c.estimand].format(treat=None if c.study.level == "survey" else c.study.contrast, outcome=c.study.columns["outcome"][0])
+    if c.study.totals is not None:
+        return text.replace(", had everybody answered?", " in the population of the totals?")
     return text.replace("all units?", "the units of another population?") if outside and c.estimand == "ATE" else text
 
 
@@ -450,7 +495,7 @@ def _methods_section(c: Comparison) -> str:
         what = f"{inspect.getdoc(METHODS[name].function).splitlines()[0]} Standard error {_OUTCOME_MODELS[METHODS[name].outcome_model]}."
         out += f"<dt>{_text(METHODS[name].label)}</dt>\n<dd>{_text(what)}</dd>\n"
         out += f"<dd>It gave no estimate: {_text(c.table.loc[name, 'status'])}.</dd>\n" if name in c.errors else ""
-    facts = [w.summary().cells()[""].rename(METHODS[name].label) for name, w in c.weights.items()]
+    facts = [w.summary(c.balances[name]).cells()[""].rename(METHODS[name].label) for name, w in c.weights.items()]
     out += "</dl>\n"
     return out + _html_table(pd.concat(facts, axis=1, sort=False).fillna("–"), "Options, weights and solver", words=True) if facts else out
 
@@ -546,7 +591,7 @@ def report(self: Comparison, path: str | os.PathLike, *, title: str | None = Non
 
     path : of the file; one that exists is replaced. title : of the document (default: what is estimated). The file needs no network and no
     other file, runs no script, and prints on A4. Raises `InputError` if it cannot be written there."""
-    path, study = check_output(path), self.study
+    path, study = check_output(path, REPORT_ENDINGS), self.study
     said = [f"{METHODS[name].label}: {line}" for name, lines in self.warnings.items() for line in lines]
     size = f"{study.n:,} units in {counted(study.n_clusters, 'cluster')} ({study.columns['cluster']}). Written on {date.today()}."
     lead = f'<p>{_text(_question(self))}</p>\n<p class="small">{_text(size)}</p>\n'

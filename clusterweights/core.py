@@ -171,7 +171,7 @@ class Certificate:
         return ("certified" if self.ok else f"NOT certified ({', '.join(self.failures)})") + f": {values}"
 
 # %% ../nbs/00_core.ipynb #f410589b
-def _wrapped(text: str) -> str: return textwrap.fill(text, 100, subsequent_indent="  ")
+def _wrapped(text: str) -> str: return textwrap.fill(text, 100, subsequent_indent="  ", break_on_hyphens=False)
 
 
 @dataclass(frozen=True)
@@ -225,8 +225,8 @@ def interval_plot(labels: Sequence[str], point, low=None, high=None, *, ax=None,
     return ax
 
 # %% ../nbs/00_core.ipynb #d1a61ad3
-def check_output(path: str | os.PathLike) -> Path:
-    "The path, if a file can be written there (one that exists is replaced); raises `InputError` if not."
+def check_output(path: str | os.PathLike, endings: Sequence[str] = ()) -> Path:
+    "The path, if a file can be written there (one that exists is replaced) and its name ends in one of `endings`, if given; raises `InputError` if not."
     if not isinstance(path, (str, os.PathLike)):
         raise InputError(f"path must be the name of a file, not a {type(path).__name__}.")
     path = Path(path)
@@ -236,6 +236,8 @@ def check_output(path: str | os.PathLike) -> Path:
         raise InputError(f"There is no folder {str(path.parent)!r}. Make it first, or write elsewhere.")
     if not os.access(path.parent, os.W_OK):
         raise InputError(f"Nothing can be written to the folder {str(path.parent)!r}.")
+    if endings and path.suffix.lower() not in endings:
+        raise InputError(f"The name {path.name!r} must end in {' or '.join(endings)}.")
     return path
 
 

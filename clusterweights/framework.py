@@ -7,17 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from .core import InputError, Table, interval_plot
+from .core import InputError, Table, counted, interval_plot, listed
 from .study import Study, cluster_sums
 
 # %% auto #0
 __all__ = ['bias_terms', 'Decomposition', 'decompose', 'worst_case', 'arm_moments', 'standardized_differences',
-           'root_mean_square', 'ess', 'Balance', 'balance', 'compare_groups', 'balance_of', 'love_plot',
+           'root_mean_square', 'ess', 'Balance', 'balance', 'compare_groups', 'balance_of', 'panels', 'love_plot',
            'treatment_chances', 'plot_overlap']
 
 # %% ../nbs/02_framework.ipynb #6f3b8ce1
@@ -35,13 +36,29 @@ _TERMS = ("average to one", "global", "local", "bias")
 
 def _part(weights, values, arm: str) -> np.ndarray:
     "One part of the expected outcome in the study's order: a number, one for each row, or either by arm."
-    values = values[arm] if isinstance(values, Mapping) else values
-    study = weights.study
-    part = np.full(study.n, float(values)) if np.ndim(values) == 0 else study.from_rows(np.asarray(values, dtype=float))
-    gap = weights.gaps[arm]
+    if isinstance(values, Mapping):
+        if arm not in values:
+            raise InputError(f"No part of the expected outcome for the {arm}; there are values for {listed(values)}.")
+        values = values[arm]
+    study, gap = weights.study, weights.gaps[arm]
+    study.check_index(values)
+    try:
+        numbers = np.asarray(values, dtype=float)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"levels, common and departures must be numbers: {error}") from None
+    part = np.full(study.n, numbers) if numbers.ndim == 0 else study.from_rows(numbers)
     if part.ndim != 1 or not np.isfinite(part[gap != 0]).all():
         raise InputError("levels, common and departures must be one finite number for each row of the data.")
     return np.where(gap != 0, part, 0.0)
+
+
+def _check_levels(study: Study, levels: np.ndarray, used: np.ndarray) -> None:
+    "A level is the same for all units of a cluster; what differs between them would be booked under the wrong term."
+    low, high = (pick.reduceat(np.where(used, levels, fill), study.starts[:-1]) for pick, fill in ((np.minimum, np.inf), (np.maximum, -np.inf)))
+    vary = high - low > 1e-9 * np.maximum(1.0, np.abs(levels).max())
+    if vary.any():
+        raise InputError(f"levels differ between units of {counted(int(vary.sum()), 'cluster')} ({listed(study.labels[vary])}). What differs within a cluster "
+                         "belongs to common or departures.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,11 +84,13 @@ def decompose(weights, levels=0.0, common=0.0, departures=0.0) -> Decomposition:
 
     weights : `Weights`. levels, common, departures : the parts η_g, f(x) and δ(x, g) of the expected outcome without treatment (of treated units that are weighted: with
     treatment), one number for each row of the data or a single number; a mapping from "controls" and "treated" where both arms are
-    weighted and differ. Positive bias means that the mean, or the effect, comes out too large. Raises `InputError` for a target from outside, whose units are not in the data.
+    weighted and differ. Positive bias means that the mean, or the effect, comes out too large, for the target units that were kept (`weights.target`). Raises `InputError`
+    for levels that differ within a cluster, and for a target from outside, whose units are not in the data.
     Source: Ben-Michael, Feller & Keele (2026), Eqs. 4 and 5, corrected."""
     study, columns, clusters = weights.study, {}, {}
     for arm, gap in weights.gaps.items():
         parts = [_part(weights, values, arm) for values in (levels, common, departures)]
+        _check_levels(study, parts[0], gap != 0)
         columns[f"mean of {arm}"] = bias_terms(gap, *parts)
         by_cluster = [cluster_sums(gap * part, study.starts) for part in parts]
         clusters[f"mean of {arm}"] = np.column_stack([*by_cluster, sum(by_cluster)])
@@ -86,11 +105,14 @@ def decompose(weights, levels=0.0, common=0.0, departures=0.0) -> Decomposition:
 def worst_case(weights, levels: float = 1.0, slopes: float = 1.0, departures: float = 1.0) -> pd.Series:
     """The largest absolute bias, by term, of an effect (in a survey, a mean) over all linear outcomes of bounded size.
 
-    weights : `Weights`. levels : L, how far a cluster's level may lie from the average level. slopes : B, the largest norm of the slopes that clusters share. departures :
+    weights : `Weights`. levels : L, how far a cluster's level may lie from one common level (half the range of the levels). slopes : B, the largest norm of the shared slopes. departures :
     D, the largest norm of a cluster's departure from them. In the outcome's unit, slopes per standard deviation of the covariates; the default 1 gives the
-    multipliers of L, B and D. Both arms of the ATE may have their own worst outcome. Returns the terms and their sum, "bias".
+    multipliers of L, B and D. Both arms of the ATE may have their own worst outcome. Returns the terms and their sum, "bias". Raises `InputError` for sizes that are not
+    numbers, 0 or more, and for a target from outside.
     Source: Ben-Michael, Feller & Keele (2026), section 4.2; attained, as derived in the chapter on balance."""
-    study, total = weights.study, np.zeros(3)
+    study, total, sizes = weights.study, np.zeros(3), (levels, slopes, departures)
+    if not all(isinstance(size, Real) and np.isfinite(size) and size >= 0 for size in sizes):
+        raise InputError(f"levels, slopes and departures are sizes, numbers of 0 or more, not {sizes!r}.")
     s = study.sampling_weights / study.sampling_weights.sum()
     centred = study.x - s @ study.x
     spread = np.sqrt(s @ centred**2)
@@ -98,7 +120,7 @@ def worst_case(weights, levels: float = 1.0, slopes: float = 1.0, departures: fl
     for gap in weights.gaps.values():
         total += [np.abs(cluster_sums(gap, study.starts)).sum(), np.linalg.norm(gap @ x),
                   np.linalg.norm(cluster_sums(gap[:, None] * x, study.starts), axis=1).sum()]
-    terms = total * [levels, slopes, departures]
+    terms = total * sizes
     return pd.Series(np.append(terms, terms.sum()), index=list(_TERMS))
 
 # %% ../nbs/02_framework.ipynb #b0ff7fb8
@@ -279,14 +301,21 @@ def balance_of(study: Study, weights: np.ndarray) -> Balance:
     """The balance of weights made elsewhere, compared with the sampling weights alone.
 
     weights : one number, 0 or more, for each row of the data, in the caller's row order; they should contain the sampling weights, if there are any. In a survey
-    respondents are held against the full sample. Raises `InputError` for other numbers and for an arm without weight."""
-    w, s, treat = study.from_rows(np.asarray(weights, dtype=float)), study.sampling_weights, study.treat
+    respondents are held against the full sample, or its totals. Raises `InputError` for other numbers and for an arm without weight."""
+    study.check_index(weights)
+    try:
+        w = study.from_rows(np.asarray(weights, dtype=float))
+    except (TypeError, ValueError) as error:
+        raise error if isinstance(error, InputError) else InputError(f"weights must be numbers: {error}") from None
+    s, treat = study.sampling_weights, study.treat
     if w.ndim != 1 or not (np.isfinite(w).all() and (w >= 0).all()):
         raise InputError("weights must be one number, 0 or more, for each row of the data.")
     survey = study.level == "survey"
     if not (w[treat] > 0).any() or not (survey or (w[~treat] > 0).any()):
-        raise InputError("One of the arms has no weight at all.")
-    return compare_groups(study, ("full sample", "respondents"), (s, s * treat), (s, w * treat)) if survey else balance(study, w, s)
+        raise InputError("One of the arms has no weight at all. For the ATT the treated keep their own, 1 without sampling weights.")
+    if survey:
+        return compare_groups(study, ("full sample", "respondents"), (s, s * treat), (s, w * treat), None if study.totals is None else study.totals[0])
+    return balance(study, w, s)
 
 # %% ../nbs/02_framework.ipynb #08466aef
 _MOST_ROWS = 40
@@ -313,17 +342,28 @@ def _love_rows(names: Sequence[str], series: Mapping[str, tuple]) -> tuple[list[
     return [*(np.array([j]) for j in chosen), rest], [*(str(names[j]) for j in chosen), f"the {len(rest)} others"]
 
 
+def panels(axes, count: int) -> np.ndarray:
+    "The Axes that a caller gave for a plot of `count` panels; raises `InputError` if they are not as many."
+    axes = np.atleast_1d(np.asarray(axes, dtype=object)).ravel()
+    if len(axes) != count:
+        raise InputError(f"This plot has {counted(count, 'panel')}, and axes= holds {len(axes)}.")
+    return axes
+
+
 def love_plot(names: Sequence[str], series: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]], axes=None):
     """Absolute standardised differences of cluster averages, of units, and of units within clusters; returns the three Axes.
 
     names : (d,) the covariates. series : by label, in the order of drawing, the SMDs (d,) of cluster averages, (d,) of units and (K, d) within
     clusters; NaN where not defined, at most 8 series. Dots are means over clusters in the third panel, bars the 10th to the 90th percentile."""
+    if not 0 < len(series) <= len(_MARKS):
+        raise InputError(f"A love plot shows 1 to {len(_MARKS)} series, not {len(series)}.")
     series = {label: tuple(np.abs(v) for v in values) for label, values in series.items()}
     rows, labels = _love_rows(names, series)
     figure = None
     if axes is None:
         import matplotlib.pyplot as plt
         figure, axes = plt.subplots(1, 3, figsize=(11, 1.5 + (0.15 + 0.08 * len(series)) * len(rows)), sharey=True, layout="constrained")
+    axes = panels(axes, 3)
     shifts = np.linspace(-1, 1, len(series)) * min(0.3, 0.09 * len(series)) if len(series) > 1 else [0.0]
     for panel, ax in enumerate(axes):
         shown = [0.1]
@@ -366,14 +406,19 @@ def _fitted(x: np.ndarray, z: np.ndarray, s: np.ndarray) -> np.ndarray:
 def treatment_chances(study: Study) -> tuple[np.ndarray, np.ndarray]:
     """(n,) a linear estimate of each unit's chance of treatment (in a survey: response) from its covariates, and (n,) from covariates and cluster.
 
-    Least squares by sampling weight, cut off at 0 and 1; the second has a level for each cluster and is exactly 0 or 1 in a cluster that lacks an arm."""
+    Least squares by sampling weight, cut off at 0 and 1; the second has a level for each cluster, its slopes come from the clusters with both arms, and it is
+    exactly 0 or 1 in the others."""
     s, z = study.sampling_weights, study.treat.astype(float)
     x = study.x - np.average(study.x, axis=0, weights=s)
+    x /= x.std(axis=0)                                      # columns of any scale count
     sizes, per_cluster = np.diff(study.starts), cluster_sums(s, study.starts)
     share = np.repeat(cluster_sums(s * z, study.starts) / per_cluster, sizes)
     across = _fitted(np.column_stack([np.ones(study.n), x]), z, s)
-    within = share + _fitted(x - np.repeat(cluster_sums(s[:, None] * x, study.starts) / per_cluster[:, None], sizes, axis=0), z - share, s)
-    return np.clip(across, 0, 1), np.where((share > 0) & (share < 1), np.clip(within, 0, 1), share)
+    inside, both = x - np.repeat(cluster_sums(s[:, None] * x, study.starts) / per_cluster[:, None], sizes, axis=0), (share > 0) & (share < 1)
+    within = share.copy()
+    if both.any():                                          # clusters with one arm tell nothing of slopes and would flatten them
+        within[both] += _fitted(inside[both], (z - share)[both], s[both])
+    return np.clip(across, 0, 1), np.clip(within, 0, 1)
 
 
 def plot_overlap(study: Study, axes=None):
@@ -381,6 +426,7 @@ def plot_overlap(study: Study, axes=None):
     if axes is None:
         import matplotlib.pyplot as plt
         _, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharex=True, sharey=True, layout="constrained")
+    axes = panels(axes, 2)
     above, below = ("respondents", "others") if study.level == "survey" else ("treated", "controls")
     edges, s = np.linspace(0, 1, 26), study.sampling_weights
     for ax, chance, title in zip(axes, treatment_chances(study), ("given covariates", "given covariates and cluster")):

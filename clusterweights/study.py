@@ -5,6 +5,7 @@
 # %% ../nbs/01_study.ipynb #6a5cb6f1
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -16,7 +17,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from .core import DroppedUnitsWarning, InputError, Table, caller_depth, counted, listed, nearest, shown
+from .core import ClusterWeightsWarning, DroppedUnitsWarning, InputError, Table, caller_depth, counted, listed, nearest, shown
 
 # %% auto #0
 __all__ = ['cluster_sums', 'Study', 'numbers_by_name', 'variance_components', 'Description']
@@ -50,9 +51,25 @@ def _numbers(values: pd.Series, name, role: str) -> np.ndarray:
     return numbers
 
 
+def _is_number(text: str) -> bool:
+    "Whether a text reads as a number, with a decimal point or comma."
+    try:
+        float(text.replace(",", "."))
+    except ValueError:
+        return False
+    return True
+
+
 def _levels(values: pd.Series, name) -> tuple:
-    "The levels of a factor in sorted order; raises if it looks like an identifier."
+    "The levels of a factor in sorted order; raises if it looks like an identifier, or like numbers that were read as text."
+    declared, values = isinstance(values.dtype, pd.CategoricalDtype), values.astype(object)
     levels = tuple(sorted(values.dropna().unique(), key=str))
+    numbers = [] if declared else [v for v in levels if _is_number(v)]
+    if len(numbers) > max(2, len(levels) // 2):
+        odd = [v for v in levels if v not in numbers]
+        raise InputError(f"Covariate {name!r} is text that looks like numbers: {listed(numbers, most=2)}" + (f"; not so {listed(odd, most=3)}" if odd else "")
+                         + ". Turn it into numbers (pandas: read_csv(…, decimal=',', na_values=[…]), or pd.to_numeric), or, if these are names, "
+                         "into a factor: astype('category').")
     if len(levels) > max(20, len(values) // 2):
         raise InputError(f"Covariate {name!r} is text with {len(levels)} different values in {len(values)} rows: it looks like "
                          f"an identifier. Leave it out, or turn it into a number.")
@@ -132,7 +149,7 @@ def _learn(frame: pd.DataFrame, covs: Sequence, missing: str, right_side: str | 
     for cov in covs:
         gap = frame[cov].isna().to_numpy()
         if _is_factor(frame[cov]):
-            levels[cov] = _levels(frame[cov].astype(object), cov) + (("missing",) if gap.any() else ())
+            levels[cov] = _levels(frame[cov], cov) + (("missing",) if gap.any() else ())
             if len(set(levels[cov])) < len(levels[cov]):
                 raise InputError(f"Covariate {cov!r} has a level 'missing' besides its {gap.sum()} gaps. Rename that level, or fill the gaps with it.")
         elif gap.any():
@@ -159,8 +176,8 @@ def _hashable(values: pd.Series, role: str) -> pd.Series:
     return values
 
 
-def _treatment(values: pd.Series, name, treated) -> np.ndarray:
-    "Booleans, True for treated units."
+def _treatment(values: pd.Series, name, treated) -> tuple[np.ndarray, tuple]:
+    "Booleans, True for treated units, and the values that mean control and treated."
     found = sorted(_hashable(values, "treatment").unique(), key=str)
     if len(found) != 2:
         what = f"only the value {shown(found[0])}, so one arm is empty" if len(found) == 1 else f"{len(found)} different values"
@@ -172,7 +189,8 @@ def _treatment(values: pd.Series, name, treated) -> np.ndarray:
         treated = 1
     elif treated not in found:
         raise InputError(f"treated={treated!r} does not occur in {name!r}." + nearest(treated, found))
-    return (values == treated).to_numpy(dtype=bool)
+    control = next(v for v in found if v != treated)
+    return (values == treated).to_numpy(dtype=bool), (control, next(v for v in found if v == treated))
 
 # %% ../nbs/01_study.ipynb #7cdb8787
 def cluster_sums(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
@@ -217,13 +235,19 @@ def _settle_missing(frame: pd.DataFrame, missing: str, may_fill: Sequence) -> np
     gaps = frame.isna()
     if missing == "drop":
         return ~gaps.any(axis=1).to_numpy()
-    counted_gaps = (gaps if missing == "error" else gaps.drop(columns=list(may_fill))).sum()
-    if counted_gaps.any():
-        way_out = ('Say missing="drop" to leave these rows out' + (', or missing="indicator" to keep them with a column that marks the gap.'
-                   if missing == "error" else ': an indicator is for covariates only.'))
-        raise InputError(f"{gaps[counted_gaps[counted_gaps > 0].index].any(axis=1).sum()} of {len(frame)} rows have missing values: "
-                         + ", ".join(f"{name!r} in {k}" for name, k in counted_gaps[counted_gaps > 0].items()) + f". {way_out}")
+    if missing == "indicator":
+        return ~gaps.drop(columns=list(may_fill)).any(axis=1).to_numpy()
+    if gaps.any(axis=None):
+        fillable = gaps[[c for c in may_fill if c in gaps]].any(axis=None)
+        raise InputError(f"{gaps.any(axis=1).sum():,} of {len(frame):,} rows have missing values: {_gaps_by_column(gaps)}. Say missing=\"drop\" to leave "
+                         "these rows out" + (", or missing=\"indicator\" to keep those whose gaps are in covariates, with a column that marks them." if fillable
+                                             else "."))
     return np.ones(len(frame), dtype=bool)
+
+
+def _gaps_by_column(gaps: pd.DataFrame) -> str:
+    "How many gaps each column has, as half a sentence."
+    return ", ".join(f"{name!r} in {k:,}" for name, k in gaps.sum().items() if k)
 
 # %% ../nbs/01_study.ipynb #aac5dd6d
 class Study:
@@ -239,12 +263,13 @@ class Study:
     treated : the value of `treat` that means treated.
     sampling_weights : column of positive numbers, how many people a unit stands for; brought to mean 1.
     missing : "error" (default), "drop" (leave rows with gaps out, with a warning) or "indicator" (fill gaps in covariates, and mark
-        them with a column of their own).
+        them with a column of their own; rows with gaps elsewhere are left out, with a warning).
 
     Attributes (arrays in cluster order)
     ----------
     n, n_clusters : numbers of units and clusters. n_rows : rows of the data, those left out included.
-    treat : (n,) bool. outcome : (n,) float or None; outcomes : all of them by name. x : (n, d) float, the encoded covariates.
+    treat : (n,) bool. arm_values : the values of `treat` that mean control and treated. outcome : (n,) float or None; outcomes : all of
+    them by name. x : (n, d) float, the encoded covariates.
     sampling_weights : (n,) with mean 1. weight_scale : the mean that they had.
     names : the d column names of `x`. terms : for each covariate or term of the formula, its columns in `x`.
     cluster : (n,) int, 0 … K − 1. starts : (K + 1,), where each cluster begins. labels : the K cluster labels.
@@ -271,8 +296,10 @@ class Study:
             raise InputError(f"Every one of the {len(frame)} rows has a missing value.")
         self.columns = MappingProxyType(roles | {"outcome": tuple(outcomes), "covs": tuple(covs)})
         self._order_by(frame.loc[stays, cluster], np.flatnonzero(stays), len(frame))
-        arm = _responded(frame[stays], outcomes, group) if survey else _treatment(frame.loc[stays, group["treat"]], group["treat"], treated)
+        arm, self.arm_values = ((_responded(frame[stays], outcomes, group), None) if survey else
+                                _treatment(frame.loc[stays, group["treat"]], group["treat"], treated))
         self.treat = arm[self._sorted]
+        self._index = data.index if isinstance(data, pd.DataFrame) else None
         self.outcomes = MappingProxyType({name: _numbers(frame[name], name, "outcome")[self._rows] for name in outcomes})
         self._weigh(frame, sampling_weights)
         self._encoder = _learn(frame[stays].reset_index(drop=True), covs, missing, right_side)
@@ -280,14 +307,18 @@ class Study:
         self.level = "survey" if survey else "unit" if (self.n_treated * self.n_controls > 0).any() else "cluster"
         self._seal()
         if self.n < self.n_rows:
+            gaps = frame[~stays].drop(columns=outcomes if survey else []).drop(columns=covs if missing == "indicator" else []).isna()
             warnings.warn(DroppedUnitsWarning(f"{self.n_rows - self.n:,} of {self.n_rows:,} rows have missing values and were left out "
-                                              f'(missing="drop").'), stacklevel=caller_depth())
+                                              f'(missing="{missing}"): {_gaps_by_column(gaps)}.'), stacklevel=caller_depth())
 
-    def _seal(self) -> None:
-        "Make arrays read-only and the object immutable."
+    def _make_read_only(self) -> None:
         for value in [*vars(self).values(), *self.outcomes.values()]:
             if isinstance(value, np.ndarray):
                 value.flags.writeable = False
+
+    def _seal(self) -> None:
+        "Make arrays read-only and the object immutable."
+        self._make_read_only()
         self._sealed = True
 
     def __setattr__(self, name, value):
@@ -303,9 +334,7 @@ class Study:
 
     def __setstate__(self, state):
         vars(self).update({k: MappingProxyType(v) if k in ("columns", "terms", "outcomes") else v for k, v in state.items()})
-        for value in [*vars(self).values(), *self.outcomes.values()]:
-            if isinstance(value, np.ndarray):
-                value.flags.writeable = False
+        self._make_read_only()
 
 
 def _as_list(names) -> list:
@@ -341,6 +370,11 @@ def _order_by(self: Study, labels: pd.Series, positions: np.ndarray, n_rows: int
         codes, found = pd.factorize(_hashable(labels, "cluster"))
     if len(found) == 1:
         raise InputError(f"All {len(labels)} units share one cluster, {shown(found[0])}. Is {labels.name!r} the right column?")
+    alike = len(found) - len({v.strip().casefold() if isinstance(v, str) else v for v in found})
+    if alike:
+        warnings.warn(ClusterWeightsWarning(f"{counted(alike, 'label')} of {labels.name!r} differ from another only by blanks or capitals, and count as "
+                                            "clusters of their own. If they are not, mend the column first: .str.strip().str.lower()."),
+                      stacklevel=caller_depth())
     self.labels = np.empty(len(found), dtype=object)
     self.labels[:] = list(found)
     self._sorted = np.argsort(codes, kind="stable")     # among the rows that stay
@@ -352,8 +386,32 @@ def _order_by(self: Study, labels: pd.Series, positions: np.ndarray, n_rows: int
 
 
 @patch
+def restrict(self: Study, kept: np.ndarray) -> Study:
+    "The same study with the units of a mask (n,) only, encoded as they are; sampling weights keep their size. `n_rows` stays, so that weights fit the data."
+    part = copy.copy(self)
+    kept = np.asarray(kept, dtype=bool)
+    found, codes = np.unique(self.cluster[kept], return_inverse=True)
+    changes = {name: getattr(self, name)[kept] for name in ("_rows", "_sorted", "treat", "x", "sampling_weights")}
+    changes |= {"labels": self.labels[found], "cluster": codes, "starts": np.searchsorted(codes, np.arange(len(found) + 1)), "n": int(kept.sum()),
+                "n_clusters": len(found), "outcomes": MappingProxyType({name: y[kept] for name, y in self.outcomes.items()})}
+    for name, value in changes.items():
+        object.__setattr__(part, name, value)
+    part._make_read_only()
+    return part
+
+
+@patch
+def check_index(self: Study, values) -> None:
+    "Raise `InputError` if a pandas object has another index than the data: it would be matched by position, with the wrong rows."
+    if self._index is not None and isinstance(values, (pd.Series, pd.DataFrame)) and not values.index.equals(self._index):
+        raise InputError("These values have another index than the study's data, but are matched row by row. Bring them into the data's order with "
+                         "values.loc[data.index], or pass values.to_numpy() if they are in it already.")
+
+
+@patch
 def from_rows(self: Study, values: np.ndarray) -> np.ndarray:
     "Values in the caller's row order, put in cluster order (rows that were left out fall away)."
+    self.check_index(values)
     values = np.asarray(values)
     if values.shape[:1] != (self.n_rows,):
         raise InputError(f"Expected one value for each of the {self.n_rows} rows of the data, got shape {values.shape}.")
@@ -404,6 +462,13 @@ def outcome(self: Study) -> np.ndarray | None:
 
 
 @patch(as_prop=True)
+def contrast(self: Study) -> str:
+    "The treatment in words: its name, and what is held against what if its values are not 0 and 1."
+    control, treated = self.arm_values
+    return f"{self.columns['treat']}" + ("" if {control, treated} <= {0, 1} else f" ({treated} against {control})")
+
+
+@patch(as_prop=True)
 def n_treated(self: Study) -> np.ndarray:
     "(K,) treated units (in a survey: respondents) in each cluster."
     return cluster_sums(self.treat.astype(int), self.starts)
@@ -443,7 +508,7 @@ def __repr__(self: Study) -> str:
         return (f"Survey: {self.n:,} units in {self.n_clusters:,} clusters ({self.columns['cluster']}), {self.treat.sum():,} respondents, "
                 f"{len(self.names)} covariate columns, outcome {outcomes}.")
     return (f"Study: {self.n:,} units in {self.n_clusters:,} clusters ({self.columns['cluster']}), "
-            f"{self.treat.sum():,} treated ({self.columns['treat']}), {len(self.names)} covariate columns, "
+            f"{self.treat.sum():,} treated ({self.columns['treat']} = {self.arm_values[1]}), {len(self.names)} covariate columns, "
             f"outcome {outcomes}; treatment varies "
             + ("within clusters." if self.level == "unit" else "between clusters only."))
 
@@ -572,7 +637,7 @@ def _facts(study: Study) -> Table:
             title=f"Survey in {study.columns['cluster']}")
     facts = {
         "units": f"{study.n:,}" + (f" ({study.n_rows - study.n:,} rows left out)" if study.n < study.n_rows else ""),
-        "treated": f"{n1.sum():,} ({n1.sum() / study.n:.1%})",
+        "treated": f"{n1.sum():,} ({n1.sum() / study.n:.1%}): {study.columns['treat']} = {study.arm_values[1]}, others {study.arm_values[0]}",
         "clusters": f"{study.n_clusters:,}",
         "cluster sizes": f"{sizes.min()} to {sizes.max()}, median {np.median(sizes):g}",
         "clusters with both arms": f"{((n1 > 0) & (n0 > 0)).sum():,}",
@@ -621,6 +686,8 @@ def plot(self: Study, ax=None):
         ax.plot(sizes[~both], share[~both], "o", color="black", markerfacecolor="white", markersize=5, label=f"one arm missing ({(~both).sum()})")
     ax.axhline(self.treat.mean(), color="grey", linestyle="--", linewidth=1, label="overall share")
     ax.set(ylabel="share that responded" if self.level == "survey" else "share treated", ylim=(-0.04, 1.04))
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.set_xlim(min(ax.get_xlim()[0], sizes.min() - 1), max(ax.get_xlim()[1], sizes.max() + 1))
     ax.set_xlabel(f"units in the cluster ({self.columns['cluster']})", parse_math=False)     # a name may hold dollar signs
     if figure is None:
         ax.legend(loc="best", fontsize="small")

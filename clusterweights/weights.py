@@ -18,7 +18,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 from .core import DroppedUnitsWarning, EstimationError, InfeasibleError, InputError, OverlapWarning, Table, caller_depth, counted, listed, nearest, shown
-from .framework import Balance, balance, compare_groups, ess, standardized_differences
+from .framework import Balance, balance, compare_groups, ess, panels, standardized_differences
 from .inference import Estimate, contrast, left_out_residuals, weighted_mean
 from .qp import BlockSums, Problem, Solution, closest, exact_means, exact_totals
 from .study import Study, numbers_by_name, cluster_sums
@@ -289,7 +289,7 @@ class Weights:
     """Weights of a method for a study.
 
     study, method (name), params : what was asked of whom; params["lam"] is the number that was used (one for each weighted arm, if there are
-    two). estimand : "ATT", "ATC", "ATE", in a survey "mean" or "total". in_order, reason : (n,) weights, and why a unit is left out, in the study's order.
+    two). estimand : "ATT", "ATC", "ATE", "ATO", in a survey "mean" or "total". in_order, reason : (n,) weights, and why a unit is left out, in the study's order.
     solutions : the solver's solution for each weighted arm, with its certificate; empty if the weights have a closed form. outside : the
     target, if it came from outside the study."""
     study: Study
@@ -389,11 +389,13 @@ class Weights:
         return None if target is None else (_outside(self.study, target, False).means[0])
 
     def to_frame(self) -> pd.DataFrame:
-        "One row per row of the data, in the caller's order: cluster, treated, weight, factor, kept, reason (\"missing\" for rows left out of the study)."
+        """One row per row of the data, in the caller's order and with a pandas data frame's index: cluster, treated, weight, factor, kept, reason
+        ("missing" for rows left out of the study)."""
         s = self.study
         treated = pd.Series(s.to_rows(s.treat.astype(object), None)).astype("boolean")       # not known for rows that the study left out
         return pd.DataFrame({"cluster": s.to_rows(s.labels[s.cluster], None), "treated": treated, "weight": self.weights,
-                             "factor": self.factor, "kept": self.kept, "reason": s.to_rows(self.reason, "missing")})
+                             "factor": self.factor, "kept": self.kept, "reason": s.to_rows(self.reason, "missing")}).set_axis(
+                                 pd.RangeIndex(s.n_rows) if s._index is None else s._index)
 
     def refit(self, study: Study, **changes) -> Weights:
         "The same recipe on another study; `lam` stays what it was unless changed: refit(study, lam=\"auto\")."
@@ -495,6 +497,7 @@ def _outcome(study: Study, outcome) -> np.ndarray:
         return study.outcomes[outcome]
     if isinstance(outcome, str):
         raise InputError(f"The study has no outcome {outcome!r}." + nearest(outcome, study.outcomes))
+    study.check_index(outcome)
     try:
         numbers = np.asarray(outcome, dtype=float)
     except (TypeError, ValueError) as error:
@@ -537,6 +540,7 @@ def estimate(self: Weights, outcome=None, by=None) -> Estimate | pd.DataFrame:
         return contrast(y, study.treat, self.in_order, residuals, self.estimand)
     if isinstance(by, str) or np.ndim(by) != 1:
         raise InputError("by must be one column of values, in the order of the data's rows: by=data['group'].")
+    study.check_index(by)
     return _by_group(self, y, residuals, study.from_rows(np.asarray(by)))
 
 # %% ../nbs/08_weights.ipynb #198535f5
@@ -567,9 +571,9 @@ def _value(option) -> str:
 
 
 @patch
-def summary(self: Weights) -> Table:
-    "What was done, for whom, how the weights look, what they balance, and how the solver fared."
-    kept, balanced = self.reason == "", self.balance()
+def summary(self: Weights, balance: Balance | None = None) -> Table:
+    "What was done, for whom, how the weights look, what they balance, and how the solver fared. balance : `self.balance()`, if it is at hand already."
+    kept, balanced = self.reason == "", self.balance() if balance is None else balance
     options = ", ".join(f"{k}={_value(v)}" for k, v in self.params.items() if k != "estimand" and not (k == "target" and v is None))
     facts = {"method": f"{METHODS[self.method].label} ({options})" if options else METHODS[self.method].label,
              "estimand": f"{self.estimand}: " + ("of " if self.study.level == "survey" else "effect on ") + f"{self.target}"}
@@ -621,7 +625,7 @@ def plot(self: Weights, axes=None):
     if axes is None:
         import matplotlib.pyplot as plt
         _, axes = plt.subplots(1, len(masks), figsize=(1 + 5 * len(masks), 3.4), squeeze=False, layout="constrained")
-    axes = np.atleast_1d(axes).ravel()
+    axes = panels(axes, len(masks))
     for ax, (arm, mask) in zip(axes, masks.items()):
         w = self.in_order[mask] / self.in_order[mask].mean()
         zeros, top = int((w == 0).sum()), w.max()

@@ -115,8 +115,9 @@ def test_the_demo_prints_what_the_methods_say(capsys):
     expected = cw.compare(late_entry_study(), lam=1.0)
     for name in expected.table.index:
         assert f"{expected.table.loc[name, 'estimate']:.3f}" in out
-        assert f" {expected.table.loc[name, 'ess_controls']:,.0f} " in out
-    assert " 712 " in out
+        assert f" {expected.table.loc[name, 'ess_controls']:,.0f}" in out
+    assert " 712\n" in out
+    assert "Next: your own data." in out
     assert err == ""
 
 
@@ -196,9 +197,11 @@ def test_treatments_in_words_need_to_be_told(capsys):
     late = load_late_entry()["late"]
     data(late=np.where(late == 1, "yes", "no"))
     assert cli.main(["compare", "data.csv", *ROLES]) == 1
-    assert "treated='yes'" in capsys.readouterr().err
+    assert "--treated yes." in capsys.readouterr().err
     assert cli.main(["compare", "data.csv", *ROLES, "--treated", "yes", "--lam", "1"]) == 0
-    assert str(cw.compare(study(), lam=1.0)) in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "Effect of late (yes against no) on math (ATT)" in out
+    assert str(cw.compare(study(), lam=1.0)).split("\n", 1)[1] in out
     data(late=late + 1)
     assert cli.main(["compare", "data.csv", *ROLES, "--treated", "2", "--methods", "unadjusted"]) == 0
     formula = ["--formula", "late ~ female + (1 | school)", "--outcome", "math"]
@@ -238,7 +241,7 @@ def test_files_that_cannot_be_read(capsys, monkeypatch):
     contents = {"bytes.csv": b"\xff\xfe\x00", "text.parquet": b"no", "text.csv.gz": b"no", "empty.csv": b"", "ragged.csv": b"a,b\n1,2\n1,2,3\n",
                 "semi.csv": b"a;b\n1;2\n", "long.csv": b"a,b\n1,2,3\n", "twice.csv": b"late,math,late\n1,2,3\n", "data.xls": b"",
                 "header.csv": b"late,math,school,female\n"}
-    words = {"bytes.csv": "not UTF-8", "semi.csv": "separated by commas", "long.csv": "more values", "twice.csv": "two columns of the name 'late'",
+    words = {"bytes.csv": "not utf-8", "semi.csv": "--sep", "long.csv": "more values", "twice.csv": "two columns of the name 'late'",
              "data.xls": "must end in", "header.csv": "no rows", "lat.csv": "Did you mean 'late.csv'", ".": "There is no file"}
     for name, content in contents.items():
         open(name, "wb").write(content)

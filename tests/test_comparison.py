@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from numpy.testing import assert_allclose
 
 import clusterweights as cw
+import clusterweights.comparison as comparing
 from clusterweights import InputError, Study, core
 from clusterweights.comparison import Comparison, difference
 from clusterweights.datasets import late_entry_study, load_hsb, load_late_entry, load_star
@@ -46,11 +47,11 @@ def comparison(weights, errors=None, l2_local=None):
     for name, w in weights.items():
         e, low_high = w.estimate(), w.estimate().conf_int()
         rows[name] = {"label": name, "estimate": e.estimate, "std_error": e.std_error, "conf_low": low_high[0], "conf_high": low_high[1],
-                      "l2_local": balances[name].l2.loc["local", "after"], "units": w.target.units, "clusters": w.target.clusters}
+                      "l2_local": balances[name].l2.loc["local", "after"], "local_reduction": 50.0, "units": w.target.units, "clusters": w.target.clusters}
     table = pd.DataFrame.from_dict(rows, orient="index")
     if l2_local is not None:
         table["l2_local"] = l2_local
-    return Comparison(study(), table, weights, balances, errors or {}, 0.95, "ATT")
+    return Comparison(study(), table, weights, balances, errors or {}, 0.95, "ATT", change=comparing._change(weights))
 
 
 def favouring(values, strength):
@@ -234,19 +235,33 @@ def test_the_change_is_judged_by_its_own_error(strength, by, more):
     change, error = difference(*weights)
     assert (abs(change) > 1.96 * error) == more
     reading = comparison(weights).reading()
-    assert (": more than chance would, so clusters differ" in reading) == more
+    assert (": more than chance would. Either clusters differ" in reading) == more
     assert (": no more than chance would, so these data do not show" in reading) != more
     assert f"moves the estimate by {'+' if change > 0 else '-'}" in reading
 
 
-def test_a_change_is_not_told_where_targets_differ():
+def test_where_targets_differ_the_change_is_among_the_units_of_both():
     balancing, _ = made_up(0.0)
     narrower = by_hand("hierarchical", favouring(FRAME["score"], 0.5), left_out=range(12))
-    reading = comparison([balancing, narrower]).reading()
+    c = comparison([balancing, narrower])
+    part = cw.Study(FRAME[12:], treat="late", outcome="score", cluster="school", covs=list(study().names))
+    again = cw.balancing_weights(part).estimate().estimate
+    assert c.change[0] == pytest.approx(again, rel=1e-9)
+    assert c.change[1] == pytest.approx(narrower.estimate().estimate - again, rel=1e-9)
+    reading = c.reading()
     assert "within clusters instead of across" not in reading
-    assert "chance" not in reading
+    assert f"Among the 16 units that Hierarchical balancing speaks of, Balancing, no clusters gives {again:.3f}" in reading
     assert "smallest" not in reading
     assert "Hierarchical balancing speaks only of 16 of 20 treated units" in reading
+
+
+def test_little_success_within_clusters_is_no_success():
+    c = comparison(made_up(0.1), l2_local=[0.9, 0.8])
+    c.table["local_reduction"] = [3.0, 24.0]
+    assert "Within clusters large differences remain, whatever the method (0.800 standard deviations with Hierarchical balancing)" in c.reading()
+    assert "smallest" not in c.reading()
+    c.table["local_reduction"] = [3.0, 26.0]
+    assert "smallest with Hierarchical balancing" in c.reading()
 
 
 def test_a_change_needs_both_methods():

@@ -44,7 +44,6 @@ def make(data=DATA, roles=None, **columns):
     ({"g": [1, 1, 1, 1]}, {}, "share one cluster"),
     ({"w": [1, 0, 1, 1]}, {"sampling_weights": "w"}, "must be positive; 'w' has 1"),
     ({}, {"missing": "ignore"}, "must be 'error', 'indicator' or 'drop'"),
-    ({"y": [1, None, 2, 3]}, {"outcome": "y", "missing": "indicator"}, "an indicator is for covariates only"),
     ({"x": [np.nan] * 4}, {"missing": "indicator"}, "missing in every row"),
     ({"x": [np.nan] * 4}, {"missing": "drop"}, "Every one of the 4 rows"),
 ])
@@ -224,7 +223,7 @@ def test_a_cluster_constant_has_an_icc_of_one():
 
 
 def test_a_study_prints_its_size():
-    assert "15 units in 4 clusters (school), 7 treated (late)" in repr(pupils())
+    assert "15 units in 4 clusters (school), 7 treated (late = 1)" in repr(pupils())
 
 
 @pytest.mark.parametrize("twin", [lambda s: s, copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))], ids=["itself", "copied", "pickled"])
