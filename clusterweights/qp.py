@@ -99,8 +99,17 @@ class Problem:
         for sums in (*(s for s, _ in self.penalties), *(c.sums for c in self.constraints)):
             if sums.starts[0] != 0 or sums.starts[-1] != len(self.ridge) or not (np.diff(sums.starts) > 0).all() or len(sums.x) != len(self.ridge):
                 raise InputError("Blocks must cover all units, in order, and none may be empty.")
+        pairs = [*self.penalties, *((c.sums, c.value) for c in self.constraints)]
+        if any(np.shape(value) != (len(sums.scale), sums.x.shape[1]) for sums, value in pairs):
+            raise InputError("Targets and values of constraints must have one row for each block and one column for each feature.")
         if not (self.ridge > 0).all():
             raise InputError("The ridge must be positive for every unit: without it weights are not unique.")
+        if any(np.shape(bound) not in ((), (self.n,)) for bound in (self.lower, self.upper)):
+            raise InputError(f"Bounds must be one number or one for each of the {self.n} units.")
+        if not np.all((self.lower <= self.upper) & (self.lower < np.inf) & (self.upper > -np.inf)):
+            raise InputError("Lower bounds must be numbers that do not exceed the upper bounds.")
+        if not all(np.all((c.slack >= 0) & (c.slack < np.inf)) and (c.unit is None or np.all(np.asarray(c.unit) > 0)) for c in self.constraints):
+            raise InputError("Tolerances must be numbers, 0 or more, and their units positive.")
 
     @property
     def n(self) -> int:
@@ -136,21 +145,24 @@ def exact_totals(starts: np.ndarray, target_total: np.ndarray, labels: Sequence 
                       labels if labels is not None else range(k))
 
 # %% ../nbs/05_qp.ipynb #eb043903
-def certify(problem: Problem, weights: np.ndarray, multipliers: Sequence[np.ndarray]) -> Certificate:
+def certify(problem: Problem, weights: np.ndarray, multipliers: Sequence[np.ndarray], imbalance: Sequence[np.ndarray] | None = None) -> Certificate:
     """The residuals of `weights` (n,) with the constraints' `multipliers`, computed from the problem itself.
 
+    imbalance : y, one array for each of the problem's penalties (default: Bγ − b at `weights`). Where the ridge is small, rounding errors of that difference,
+    divided by the ridge, swamp the weights; a solver's own y has no such errors.
     Source: optimality conditions of a convex quadratic programme, Boyd & Vandenberghe (2004), sections 5.1 and 5.5."""
     p, scale = problem, np.abs(weights).mean() or 1.0
     equality, linear, dual = 0.0, np.zeros(p.n), 0.0
     for c, nu in zip(p.constraints, multipliers):
         excess = np.maximum(np.abs(c.sums(weights) - c.value) - c.slack, 0.0)
-        equality = max(equality, float((excess / _row_sizes(c, weights)).max()))
+        equality = max(equality, _largest(excess, c.sums, c.value, weights))
         linear += c.sums.adjoint(nu)
         dual -= float((nu * c.value + np.abs(nu) * c.slack).sum())
-    for sums, target in p.penalties:
-        imbalance = sums(weights) - target
-        linear += sums.adjoint(imbalance)
-        dual -= 0.5 * float((imbalance**2).sum()) + float((imbalance * target).sum())
+    misses = [sums(weights) - target for sums, target in p.penalties]
+    for (sums, target), miss, y in zip(p.penalties, misses, misses if imbalance is None else imbalance):
+        equality = max(equality, _largest(np.abs(miss - y), sums, target, weights))
+        linear += sums.adjoint(y)
+        dual -= 0.5 * float((y**2).sum()) + float((y * target).sum())
     best = np.clip(-linear / p.ridge, p.lower, p.upper)
     dual += float((0.5 * p.ridge * best**2 + linear * best).sum())
     primal = objective(p, weights)
@@ -158,11 +170,11 @@ def certify(problem: Problem, weights: np.ndarray, multipliers: Sequence[np.ndar
                        stationarity=float(np.abs(weights - best).max() / scale), gap=(primal - dual) / (primal or 1.0))
 
 
-def _row_sizes(c: Constraint, weights: np.ndarray) -> np.ndarray:
-    "(K, d) what a constraint's rows could add up to: the block's largest |feature| times its sum of |weights|, plus |value|."
-    largest = np.maximum.reduceat(np.abs(c.sums.x), c.sums.starts[:-1], axis=0)
-    total = cluster_sums(np.abs(weights), c.sums.starts)
-    return np.maximum(np.abs(c.sums.scale * total)[:, None] * largest + np.abs(c.value), np.finfo(float).tiny)
+def _largest(miss: np.ndarray, sums: BlockSums, value: np.ndarray, weights: np.ndarray) -> float:
+    "The largest miss (K, d) relative to what its row could add up to: the block's largest |feature| times its sum of |weights|, plus |value|."
+    largest = np.maximum.reduceat(np.abs(sums.x), sums.starts[:-1], axis=0)
+    size = np.abs(sums.scale * cluster_sums(np.abs(weights), sums.starts))[:, None] * largest + np.abs(value)
+    return float(np.divide(miss, size, out=np.zeros_like(size), where=size > 0).max(initial=0.0))
 
 
 def objective(problem: Problem, weights: np.ndarray) -> float:
@@ -190,10 +202,10 @@ def _scale(problem: Problem) -> _Scaled:
     root = np.sqrt(problem.ridge)
     middle = float(np.median(root))
     sigma = middle / root
-    E = sparse.vstack([c.sums.matrix() for c in problem.constraints]) @ sparse.diags(sigma)
+    E = sparse.vstack([sparse.csc_matrix((0, problem.n)), *(c.sums.matrix() for c in problem.constraints)]) @ sparse.diags(sigma)
     row = np.sqrt(np.asarray(E.multiply(E).sum(axis=1)).ravel())
     row = np.where(row > 0, row, 1.0)
-    e, slack = (np.concatenate([v.ravel() for v in values]) / row for values in
+    e, slack = (np.concatenate([np.zeros(0), *(v.ravel() for v in values)]) / row for values in
                 ([c.value for c in problem.constraints], [c.slack for c in problem.constraints]))
     B = sparse.vstack([sums.matrix() for sums, _ in problem.penalties]) @ sparse.diags(sigma)
     return _Scaled(sigma, middle**2, B.tocsc(), np.concatenate([target.ravel() for _, target in problem.penalties]),
@@ -275,8 +287,8 @@ def _solve_refined(kkt: sparse.csc_matrix, shift: np.ndarray, rhs: np.ndarray, s
     return solution
 
 
-def _polish(s: _Scaled, rough: np.ndarray, nu: np.ndarray, most: int = 50) -> tuple[np.ndarray, np.ndarray, int]:
-    "Scaled weights, the multipliers of the rows of E (over kappa) and the steps taken, from the active set of a rough answer."
+def _polish(s: _Scaled, rough: np.ndarray, nu: np.ndarray, most: int = 50) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    "Scaled weights, imbalance and multipliers of the rows of E (both over kappa) and the steps taken, from the active set of a rough answer."
     m, q, exact = len(s.b), len(s.e), s.slack == 0
     near = _AT_BOUND * np.abs(rough).mean()
     low, high = rough <= s.lower + near, rough >= s.upper - near
@@ -305,7 +317,7 @@ def _polish(s: _Scaled, rough: np.ndarray, nu: np.ndarray, most: int = 50) -> tu
         if all((now == then).all() for now, then in zip((low, high, side), before)):
             break
         rough = p
-    return np.clip(p, s.lower, s.upper), nu, step
+    return np.clip(p, s.lower, s.upper), duals[:m], nu, step
 
 # %% ../nbs/05_qp.ipynb #d347d9bd
 _FEASIBLE = 1e-7     # a largest miss below this (in units of the constraint) counts as none
@@ -331,24 +343,29 @@ def closest(problem: Problem, settled: np.ndarray | None = None) -> Closest:
     from scipy.optimize import linprog
     soft = [c for c in problem.constraints if c.unit is not None]
     hard = [c for c in problem.constraints if c.unit is None]
-    n = problem.n
+    n, sigma = problem.n, _typical(problem, hard)
     rows, rhs = [], []
     for sign in (1.0, -1.0):
         for c in soft:
             unit = np.broadcast_to(c.unit, c.value.shape).ravel()
-            rows.append(sparse.diags(sign / unit) @ c.sums.matrix())
+            rows.append(sparse.diags(sign / unit) @ c.sums.matrix() @ sparse.diags(sigma))
             rhs.append(sign * c.value.ravel() / unit)
-    equal = {} if not hard else {
-        "A_eq": sparse.hstack([sparse.vstack([c.sums.matrix() for c in hard]), sparse.csc_matrix((sum(c.value.size for c in hard), 1))]),
-        "b_eq": np.concatenate([c.value.ravel() for c in hard])}
-    bounds = np.column_stack([np.broadcast_to(problem.lower, n), np.broadcast_to(problem.upper, n)])
+    equal = {}
+    if hard:
+        A = sparse.vstack([c.sums.matrix() for c in hard]) @ sparse.diags(sigma)
+        largest = abs(A).max(axis=1).toarray().ravel()
+        largest = np.where(largest > 0, largest, 1.0)
+        equal = {"A_eq": sparse.hstack([sparse.diags(1 / largest) @ A, sparse.csc_matrix((len(largest), 1))]),
+                 "b_eq": np.concatenate([c.value.ravel() for c in hard]) / largest}
+    bounds = np.column_stack([np.broadcast_to(problem.lower, n) / sigma, np.broadcast_to(problem.upper, n) / sigma])
     upper = {}
     if soft:
         settled = np.full(sum(c.value.size for c in soft), np.nan) if settled is None else settled
         loose = np.tile(np.isnan(settled), 2)
         upper = {"A_ub": sparse.hstack([sparse.vstack(rows), sparse.csc_matrix(-loose.astype(float)[:, None])]),
                  "b_ub": np.concatenate(rhs) + np.where(loose, 0.0, np.tile(settled, 2))}
-    result = linprog(np.r_[np.zeros(n), 1.0], **upper, **equal, bounds=np.vstack([bounds, [0, np.inf]]), method="highs")
+    result = linprog(np.r_[np.zeros(n), 1.0], **upper, **equal, bounds=np.vstack([bounds, [0, np.inf]]), method="highs",
+                     options={"primal_feasibility_tolerance": 1e-9, "dual_feasibility_tolerance": 1e-9})
     if result.status == 2:
         return Closest(np.inf, _over_committed(problem, hard), np.zeros(0), None)
     if result.status != 0:
@@ -356,7 +373,16 @@ def closest(problem: Problem, settled: np.ndarray | None = None) -> Closest:
     names = [name for c in soft for name in c.names]
     marginals = result.ineqlin.marginals.reshape(2, -1) if soft else np.zeros((2, 0))
     direction = marginals[1] - marginals[0]
-    return Closest(float(result.x[-1]), [name for name, v in zip(names, direction) if abs(v) > 1e-7], direction, result.x[:n])
+    return Closest(float(result.x[-1]), [name for name, v in zip(names, direction) if abs(v) > 1e-7], direction, result.x[:n] * sigma)
+
+
+def _typical(problem: Problem, hard: Sequence[Constraint]) -> np.ndarray:
+    "(n,) the size of typical weights, in which the linear programme is written: as the ridge suggests, and such that the hard rows can be met."
+    sigma = 1 / np.sqrt(problem.ridge)
+    could = np.concatenate([np.zeros(0), *(BlockSums(np.abs(c.sums.x), c.sums.starts, np.abs(c.sums.scale))(sigma).ravel() for c in hard)])
+    value = np.concatenate([np.zeros(0), *(np.abs(c.value).ravel() for c in hard)])
+    ratio = value[(could > 0) & (value > 0)] / could[(could > 0) & (value > 0)]
+    return sigma * (np.median(ratio) if len(ratio) else 1 / np.median(sigma))
 
 # %% ../nbs/05_qp.ipynb #a2085ee9
 def _over_committed(problem: Problem, hard: Sequence[Constraint]) -> list[str]:
@@ -373,7 +399,7 @@ def _over_committed(problem: Problem, hard: Sequence[Constraint]) -> list[str]:
 
 
 def _largest_tolerance(problem: Problem) -> float:
-    return float(max(np.max(c.tolerance) for c in problem.constraints))
+    return float(max((np.max(c.tolerance, initial=0.0) for c in problem.constraints), default=0.0))
 
 
 def _infeasible(problem: Problem, found: Closest) -> InfeasibleError:
@@ -458,9 +484,10 @@ class Solution:
         return f"{self.solver}, {self.status} in {counted(self.iterations, 'iteration')}{polished}; {self.certificate}"
 
 
-def _solution(problem: Problem, weights: np.ndarray, multipliers: Sequence[np.ndarray], how: tuple, begin: float) -> Solution:
-    "An answer with its certificate; how : solver, status, iterations, polishing steps."
-    return Solution(weights, tuple(multipliers), certify(problem, weights, multipliers), *how, objective(problem, weights),
+def _solution(problem: Problem, weights: np.ndarray, duals: Sequence[np.ndarray], how: tuple, begin: float) -> Solution:
+    "An answer with its certificate; duals : imbalance by penalty and multipliers by constraint. how : solver, status, iterations, polishing steps."
+    imbalance, multipliers = duals[:len(problem.penalties)], tuple(duals[len(problem.penalties):])
+    return Solution(weights, multipliers, certify(problem, weights, multipliers, imbalance), *how, objective(problem, weights),
                     time.perf_counter() - begin, _largest_tolerance(problem))
 
 
@@ -475,7 +502,7 @@ def _own(problem: Problem, start: Solution | None = None) -> tuple[Solution | No
     duals = None if start is None else [sums(start.weights) - target for sums, target in problem.penalties] + list(start.multipliers)
     result = newton.run(start=duals)
     status = "solved" if result.converged else "stopped"
-    return _solution(problem, result.weights, result.multipliers, ("structured", status, result.steps, 0), begin), status
+    return _solution(problem, result.weights, result.duals, ("structured", status, result.steps, 0), begin), status
 
 
 def _library(problem: Problem, name: str) -> tuple[Solution | None, str]:
@@ -484,17 +511,17 @@ def _library(problem: Problem, name: str) -> tuple[Solution | None, str]:
     rough = _LIBRARIES[name](scaled)
     if "infeasible" in rough.status or not np.isfinite(rough.p).all():
         return None, rough.status
-    p, duals, steps = _polish(scaled, rough.p, rough.nu)
-    values = duals * scaled.kappa / scaled.row
-    splits = np.cumsum([c.value.size for c in problem.constraints])[:-1]
-    multipliers = [v.reshape(c.value.shape) for v, c in zip(np.split(values, splits), problem.constraints)]
+    p, y, nu, steps = _polish(scaled, rough.p, rough.nu)
+    shapes = [target.shape for _, target in problem.penalties] + [c.value.shape for c in problem.constraints]
+    values = np.split(np.r_[y * scaled.kappa, nu * scaled.kappa / scaled.row], np.cumsum([rows * d for rows, d in shapes])[:-1])
     weights = np.clip(p * scaled.sigma, problem.lower, problem.upper)
-    return _solution(problem, weights, multipliers, (name, rough.status, rough.iterations, steps), begin), rough.status
+    return _solution(problem, weights, [v.reshape(shape) for v, shape in zip(values, shapes)], (name, rough.status, rough.iterations, steps), begin), rough.status
 
 
 def _attempt(problem: Problem, name: str, start: Solution | None) -> tuple[Solution | None, str]:
     try:
-        return _own(problem, start) if name == "structured" else _library(problem, name)
+        with np.errstate(all="ignore"):        # what leaves the range of floating-point numbers does not pass the certificate
+            return _own(problem, start) if name == "structured" else _library(problem, name)
     except ImportError:
         return None, "not installed"
 
@@ -508,6 +535,8 @@ def solve(problem: Problem, solver: str = "auto", start: Solution | None = None)
     the best attempt attached, if no solver leads to an answer within `TOLERANCES`; `InputError` for a solver that is unknown or not installed."""
     if not isinstance(solver, str) or solver not in ("auto", *SOLVERS):
         raise InputError(f"Unknown solver {solver!r}." + nearest(solver, ["auto", *SOLVERS]))
+    if start is not None and [start.weights.shape, *map(np.shape, start.multipliers)] != [(problem.n,), *(c.value.shape for c in problem.constraints)]:
+        raise InputError("start must be the solution of a problem with the same units and the same constraints.")
     attempts, words, found = [], {}, None
     for name in SOLVERS if solver == "auto" else [solver]:
         attempt, words[name] = _attempt(problem, name, start)
@@ -528,11 +557,15 @@ def solve(problem: Problem, solver: str = "auto", start: Solution | None = None)
 def path(problem: Problem, lams: Sequence[float]) -> list[Solution]:
     "Solutions with every ridge multiplied by each of `lams` (positive numbers), in their order; fastest if they are sorted, the largest first. Raises as `solve`."
     from clusterweights.structured import Newton
-    newton, duals, solutions = Newton(problem), None, []
+    try:
+        newton, duals, solutions = Newton(problem), None, []
+    except NotImplementedError:
+        return [solve(replace(problem, ridge=lam * problem.ridge)) for lam in lams]
     for lam in lams:
         begin, scaled = time.perf_counter(), replace(problem, ridge=lam * problem.ridge)
-        result = newton.run(lam, duals)
-        found = _solution(scaled, result.weights, result.multipliers, ("structured", "solved", result.steps, 0), begin)
+        with np.errstate(all="ignore"):
+            result = newton.run(lam, duals)
+            found = _solution(scaled, result.weights, result.duals, ("structured", "solved", result.steps, 0), begin)
         duals = result.duals if found.certificate.ok else None
         solutions.append(found if found.certificate.ok else solve(scaled))
     return solutions

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,23 +68,31 @@ class Arrow:
         ends = np.cumsum([0, *(x.shape[1] for x in arrays)])
         self.arrays, self.spans = arrays, [np.arange(a, b) for a, b in zip(ends[:-1], ends[1:])]
         self.x = np.empty((n, ends[-1]))
-        for x, span in zip(arrays, self.spans):
-            self.x[:, span[0]:span[-1] + 1] = x[self.units]
+        for x, first, last in zip(arrays, ends[:-1], ends[1:]):
+            self.x[:, first:last] = x[self.units]
         self.column = np.concatenate([np.zeros(0, dtype=int), *(self.spans[j] for j in place)])
         self.scale = np.concatenate([np.zeros((len(self.order), 0)), *(np.repeat(s.scale[self.order, None], s.x.shape[1], axis=1) for s in local)], axis=1)
         self.k, self.r = self.scale.shape
 
     def _place_whole(self, whole: Sequence[BlockSums]) -> None:
         "The rows over all units: where their columns are among the local ones, if all are, else the (n, q) columns themselves."
-        found = [[j for j, x in enumerate(self.arrays) if _same(x, s.x)] for s in whole]
+        usable = (self.scale != 0).all(axis=0)
+        found = [[j for j, x in enumerate(self.arrays) if _same(x, s.x) and set(self.spans[j]) <= set(self.column[usable])] for s in whole]
         self.factor = np.concatenate([np.zeros(0), *(np.repeat(s.scale, s.x.shape[1]) for s in whole)])
         self.q, self.nested = len(self.factor), all(found) and len(self.arrays) > 0
         if self.nested:
             self.shared = np.concatenate([np.zeros(0, dtype=int), *(self.spans[j[0]] for j in found)])
-            self.match = np.array([np.flatnonzero(self.column == j)[0] for j in self.shared], dtype=int)    # a local row with that column
+            self.match = np.array([np.flatnonzero((self.column == j) & usable)[0] for j in self.shared], dtype=int)    # a local row with that column
         else:
             self.f = np.concatenate([np.zeros((len(self.units), 0)), *(s.x[self.units] * s.scale for s in whole)], axis=1)
             self.border, self.corner = np.zeros((self.k, self.r, self.q)), np.zeros((self.q, self.q))
+
+    def rescale(self, rows: np.ndarray) -> None:
+        "Multiply the rows by flat `rows`. Their products have to be formed anew."
+        local, whole = self.split(rows)
+        self.scale, self.factor, self.w = self.scale * local, self.factor * whole, None
+        if not self.nested:
+            self.f *= whole
 
     def split(self, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         "The (K, r) local and (q,) overall part of a flat vector."
@@ -175,35 +182,39 @@ def diagonal(arrow: Arrow) -> np.ndarray:
     return np.concatenate([(arrow.scale**2 * arrow.products[:, arrow.column, arrow.column]).ravel(), whole])
 
 # %% ../nbs/06_structured.ipynb #9bc137e6
+_SEVERAL = 2**21     # numbers in the blocks that are inverted at a time, so that copies need little memory
+
+
 def eliminate(arrow: Arrow, c: np.ndarray) -> None:
     "Factor R W R' + diag(c), for flat c, so that `newton_step` can solve with it."
     size = arrow.k * arrow.r
     local = c[:size].reshape(arrow.k, arrow.r)
     if arrow.c is not None:
         arrow.stale |= (local != arrow.c[:size].reshape(arrow.k, arrow.r)).any(axis=1)
-    now = slice(None) if arrow.stale.all() else np.flatnonzero(arrow.stale)
-    if arrow.r and arrow.stale.any():
-        scale, own, columns, j = arrow.scale[now], local[now], _picked(arrow.column), np.arange(arrow.r)
-        block = arrow.products[now][:, :, columns][:, columns] * scale[:, None, :]
-        block *= scale[:, :, None]
-        block[:, j, j] += own
-        arrow.inverse[now] = np.linalg.inv(block)
-        if arrow.nested:
-            up = arrow.factor / scale[:, arrow.match]
-            reach = arrow.inverse[now][:, :, _picked(arrow.match)] * -(own[:, arrow.match] * up)[:, None, :]
-            reach[:, arrow.match, np.arange(arrow.q)] += up
-            arrow.reach[now] = reach
-        else:
-            arrow.reach[now] = arrow.inverse[now] @ arrow.border[now]
+    stale, several = np.flatnonzero(arrow.stale), max(1, _SEVERAL // max(1, arrow.r * max(arrow.r, arrow.q)))
+    if arrow.r:
+        for first in range(0, len(stale), several):
+            _eliminate_blocks(arrow, _picked(stale[first:first + several]), local)
     arrow.stale[:], arrow.c = False, c
     if arrow.nested:
-        arrow.up = arrow.factor / arrow.scale[:, arrow.match]
-        arrow.own = local[:, arrow.match] * arrow.up
-        rest = np.diag(c[size:]) + np.einsum("gj,gjk->jk", arrow.own, arrow.reach[:, _picked(arrow.match)])
+        own = local[:, arrow.match] * arrow.factor / arrow.scale[:, arrow.match]
+        rest = np.diag(c[size:]) + np.einsum("gj,gjk->jk", own, arrow.reach[:, _picked(arrow.match)])
     else:
-        rest = arrow.corner + np.diag(c[size:]) - np.tensordot(arrow.border, arrow.reach, axes=([0, 1], [0, 1]))
-    arrow.unit = 1 / np.sqrt(np.maximum(np.diag(rest), np.finfo(float).tiny))
+        rest = arrow.corner + np.diag(c[size:]) - arrow.border.reshape(-1, arrow.q).T @ arrow.reach.reshape(-1, arrow.q)
+    arrow.unit = 1 / np.sqrt(np.maximum(np.diag(rest), 1e-14 * (diagonal(arrow) + c)[size:]))      # what cancelled leaves noise, perhaps below 0
     arrow.rest = _inverse(arrow.unit[:, None] * (rest + rest.T) / 2 * arrow.unit)
+
+
+def _eliminate_blocks(arrow: Arrow, now: np.ndarray | slice, c: np.ndarray) -> None:
+    "Invert the blocks of the clusters `now`, c : (K, r) to be added to their diagonals; and find what they do to the overall rows."
+    scale, columns, j = arrow.scale[now], _picked(arrow.column), np.arange(arrow.r)
+    block = arrow.products[now][:, columns] * scale[:, :, None]
+    border = block[:, :, _picked(arrow.shared)] * arrow.factor if arrow.nested else arrow.border[now]
+    block = block[:, :, columns] * scale[:, None, :]
+    block[:, j, j] = block[:, j, j] * (1 + 1e-14) + c[now]                # a trifle more than asked, so that no block is singular
+    arrow.inverse[now] = np.linalg.inv(block)
+    reach = arrow.inverse[now] @ border
+    arrow.reach[now] = reach + arrow.inverse[now] @ (border - block @ reach)
 
 
 def _inverse(s: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
@@ -215,6 +226,8 @@ def _inverse(s: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
             return lambda b: cho_solve(factor, b, check_finite=False)
         except LinAlgError:
             pass
+    if not np.isfinite(s).all():
+        return lambda b: np.full(len(b), np.nan)
     values, vectors = np.linalg.eigh(s)
     keep = values > 1e-13 * values.max(initial=0.0)
     return lambda b: vectors[:, keep] @ ((vectors[:, keep].T @ b) / values[keep])
@@ -223,11 +236,8 @@ def _inverse(s: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
 def newton_step(arrow: Arrow, b: np.ndarray) -> np.ndarray:
     "The flat solution of (R W R' + diag(c)) y = b."
     local, whole = arrow.split(b)
-    first = np.einsum("gij,gj->gi", arrow.inverse, local)
-    known = ((arrow.up * local[:, arrow.match] - arrow.own * first[:, arrow.match]).sum(axis=0) if arrow.nested
-             else np.einsum("gij,gi->j", arrow.border, first))
-    y = arrow.unit * arrow.rest(arrow.unit * (whole - known))
-    return np.concatenate([(first - arrow.reach @ y).ravel(), y])
+    y = arrow.unit * arrow.rest(arrow.unit * (whole - np.einsum("gij,gi->j", arrow.reach, local)))
+    return np.concatenate([(np.einsum("gij,gj->gi", arrow.inverse, local) - arrow.reach @ y).ravel(), y])
 
 # %% ../nbs/06_structured.ipynb #34fb26d0
 def line_search(slope: Callable[[float], tuple[float, float]]) -> float:
@@ -245,9 +255,10 @@ def line_search(slope: Callable[[float], tuple[float, float]]) -> float:
 
 # %% ../nbs/06_structured.ipynb #de1278e0
 _MOST_STEPS = 150
-_TOTALS_RIDGE = 1e-12      # relative; keeps the equations solvable where rows repeat each other or a cluster has no free unit
+_TOTALS_RIDGE = 1e-12      # keeps the equations solvable where rows repeat each other or a cluster has no free unit
+_ROUNDING = 1e-10          # a gradient this small, relative to what a row could add up to, is none
 _DIVERGED = 1e100          # no multiplier of a problem that can be solved is near this
-_ROUNDINGS = 2             # how often the range of tolerated rows is shrunk
+_WIDTHS = 1e-3, 1e-7, 1e-10        # τ, in turn
 
 
 @dataclass(frozen=True)
@@ -280,104 +291,100 @@ class Newton:
         self.ridge, self.lower, self.upper = (np.broadcast_to(v, problem.n)[self.arrow.units] for v in (problem.ridge, problem.lower, problem.upper))
         reweigh(self.arrow, 1 / self.ridge)
         size = diagonal(self.arrow)
-        self.small = np.where(self.soft > 0, 0.0, _TOTALS_RIDGE * np.where(size > 0, size, 1.0))
+        self.row = 1 / np.sqrt(np.where(size > 0, size, 1.0))
+        self.arrow.rescale(self.row)
+        self.value, self.soft, self.slack = self.row * self.value, self.row**2 * self.soft, self.row * self.slack
+        self.small = np.where(self.soft > 0, 0.0, _TOTALS_RIDGE)
 
     def free(self, z: np.ndarray) -> np.ndarray:
         "(n,) 1/r for units strictly within their bounds, 0 for others."
         return np.where((z > self.lower) & (z < self.upper), 1 / self.ridge, 0.0)
 
 # %% ../nbs/06_structured.ipynb #9a976571
-_LARGE = 200         # overall rows from which several threads pay
-
-
 @functools.cache
 def _threads():
     "The handle on the threads of the linear algebra libraries; looking for them takes a while."
+    import scipy.linalg                                 # brings a library of its own, which has to be there to be found
     from threadpoolctl import ThreadpoolController
     return ThreadpoolController()
 
-
-def _one_thread(arrow: Arrow) -> AbstractContextManager:
-    "Linear algebra on one thread while inside, unless the overall rows make a large matrix."
-    return nullcontext() if not arrow.nested and arrow.q >= _LARGE else _threads().limit(limits=1, user_api="blas")
-
 # %% ../nbs/06_structured.ipynb #62ac19b6
 @patch
-def slope(self: Newton, y: np.ndarray, z: np.ndarray, step: np.ndarray, soft: np.ndarray, width: np.ndarray) -> Callable:
-    "The slope of the dual along `step` from `y`, where the index is `z`, as a function of the length: its value and derivative."
-    dz = -index(self.arrow, step) / self.ridge
+def slope(self: Newton, y: np.ndarray, z: np.ndarray, step: np.ndarray, dz: np.ndarray, soft: np.ndarray, width: float) -> Callable:
+    "The slope of the dual along `step` from `y`, where the index is `z` and grows by `dz`, as a function of the length: its value and derivative."
     price, fixed = self.ridge * dz, step @ self.value + (soft * y) @ step
-    square, loose = (soft * step) @ step, self.slack > 0
+    square = (soft * step) @ step
     def at(length: float) -> tuple[float, float]:
         here, dual = z + length * dz, y + length * step
-        missed = np.where(loose, np.clip(dual / width, -self.slack, self.slack), 0.0)
+        missed = np.clip(dual / width, -self.slack, self.slack)
         between = (here > self.lower) & (here < self.upper)
         value = -(price @ np.clip(here, self.lower, self.upper)) - fixed - length * square - missed @ step
-        return value, -(price * dz) @ between - square - (step**2 / width) @ (loose & (np.abs(missed) < self.slack))
+        return value, -(price * dz) @ between - square - step**2 @ (np.abs(missed) < self.slack) / width
     return at
-
-
-@patch
-def widths(self: Newton, y: np.ndarray) -> np.ndarray:
-    "Per unit of slack, the size of a multiplier below which a tolerated row counts as within its tolerance: a thousandth of the largest."
-    loose = self.slack > 0
-    return np.where(loose, 1e-3 * (np.abs(y[loose]).max(initial=0.0) or 1.0) / np.where(loose, self.slack, 1.0), np.inf)
 
 # %% ../nbs/06_structured.ipynb #a794367f
 @patch
 def run(self: Newton, lam: float = 1.0, start: Sequence[np.ndarray] | None = None) -> NewtonResult:
     "Maximise the dual with every ridge multiplied by `lam`, from `start` (`duals` of another result; default: 0), and refine the weights."
-    with _one_thread(self.arrow):
+    with _threads().limit(limits=1, user_api="blas"):
         return self._ascend(lam, start)
 
 
 @patch
 def _ascend(self: Newton, lam: float, start: Sequence[np.ndarray] | None) -> NewtonResult:
     arrow, soft, loose = self.arrow, lam * self.soft, self.slack > 0
-    y = np.zeros(len(soft)) if start is None else flatten(arrow, start) / lam
+    y = np.zeros(len(soft)) if start is None else flatten(arrow, start) / (lam * self.row)
     z = -index(arrow, y) / self.ridge
     w = 1 / self.ridge if start is None else self.free(z)
-    width = np.full(len(y), np.inf) if start is None else self.widths(y)       # at first, tolerated rows are exact
-    inside, history, rounds, converged = np.zeros(len(y), dtype=bool), [], 0, False
-    while len(history) < _MOST_STEPS and not converged and np.abs(y).max(initial=0.0) < _DIVERGED:
-        reweigh(arrow, w)
-        eliminate(arrow, soft + self.small + np.where(inside, 1 / width, 0.0))
-        missed = np.where(loose, np.clip(y / width, -self.slack, self.slack), 0.0)
-        gradient = row_sums(arrow, np.clip(z, self.lower, self.upper)) - self.value - soft * y - missed
-        step = newton_step(arrow, gradient)
-        length = line_search(self.slope(y, z, step, soft, width))
-        y, z = y + length * step, z - length * index(arrow, step) / self.ridge
-        if np.isinf(width).all():
-            width = self.widths(y)
-        free, within = self.free(z), loose & (np.abs(y) < np.where(loose, width, 0.0) * self.slack)
-        history.append((length, int((free != w).sum() + (within != inside).sum())))
-        w, inside = free, within
-        if history[-1][1] == 0 and (abs(length - 1) < 0.1 or np.abs(gradient).max() < 1e-9 * np.abs(self.value).max()):
-            converged = rounds == _ROUNDINGS or not loose.any()
-            rounds, width = rounds + 1, width if converged else 1e-6 * width
-    return self._finish(lam, y, z, w, np.where(loose, np.clip(y / width, -self.slack, self.slack), 0.0), converged, history)
+    history, widths, changes = [], list(_WIDTHS) if loose.any() else [1.0], 1
+    inside = loose & (np.abs(y) < widths[0] * self.slack)
+    while len(history) < _MOST_STEPS and np.abs(y).max(initial=0.0) < _DIVERGED:
+        gamma = np.clip(z, self.lower, self.upper)
+        gradient = row_sums(arrow, gamma) - self.value - soft * y - np.clip(y / widths[0], -self.slack, self.slack)
+        if changes or np.abs(gradient[~inside]).max(initial=0.0) > _ROUNDING * np.sqrt(self.ridge @ gamma**2):
+            reweigh(arrow, w)
+            eliminate(arrow, soft + self.small + inside / widths[0])
+            step = newton_step(arrow, gradient)
+            dz = -index(arrow, step) / self.ridge
+            length = line_search(self.slope(y, z, step, dz, soft, widths[0]))
+            y, z = y + length * step, z + length * dz
+            free, within = self.free(z), loose & (np.abs(y) < widths[0] * self.slack)
+            changes = int((free != w).sum() + (within != inside).sum())
+            w, inside = free, within
+            history.append((length, changes))
+            if changes or abs(length - 1) > 0.1:
+                continue
+        if len(widths) == 1:
+            return self._finish(lam, y, z, w, inside, True, history)
+        shift = np.where(inside, y * (widths[1] / widths[0] - 1), 0.0)
+        y, z = y + shift, z - index(arrow, shift) / self.ridge
+        w, widths, changes = self.free(z), widths[1:], 1
+    return self._finish(lam, y, z, w, inside, False, history)
 
 # %% ../nbs/06_structured.ipynb #51c7aa33
 @patch
-def _finish(self: Newton, lam: float, y: np.ndarray, z: np.ndarray, w: np.ndarray, missed: np.ndarray, converged: bool, history: list) -> NewtonResult:
+def _finish(self: Newton, lam: float, y: np.ndarray, z: np.ndarray, w: np.ndarray, inside: np.ndarray, converged: bool, history: list) -> NewtonResult:
     "Refine weights and multipliers for the free units `w`, and put them into the problem's order and scale."
     arrow, soft, gamma, best, failures = self.arrow, lam * self.soft, np.clip(z, self.lower, self.upper), np.inf, 0
-    kept = gamma, y
+    y = np.where(inside, 0.0, y)
+    side = np.sign(y) * self.slack
+    value, kept = self.value + side, (gamma, y)
     while failures < 3 and np.abs(y).max(initial=0.0) < _DIVERGED:
-        gradient = row_sums(arrow, gamma) - self.value - soft * y - missed
+        gradient = np.where(inside, 0.0, row_sums(arrow, gamma) - value - soft * y)
         tilt = np.where(w > 0, self.ridge * gamma + index(arrow, y), 0.0)
-        size = (np.abs(gradient).max(initial=0.0) / (np.abs(self.value).max(initial=0.0) or 1.0)
-                + np.abs(tilt).max() / ((self.ridge * np.abs(gamma)).mean() or 1.0))
+        size = (np.abs(gradient).max(initial=0.0) / (np.sqrt(self.ridge @ gamma**2) or 1.0)
+                + np.abs(tilt / self.ridge).max() / (np.abs(gamma).mean() or 1.0))
         if size < 0.5 * best:
             best, kept = size, (gamma, y)
         else:
             failures += 1
         if size < 1e-13:
             break
-        step = newton_step(arrow, gradient - row_sums(arrow, w * tilt))
+        step = np.where(inside, 0.0, newton_step(arrow, gradient - row_sums(arrow, w * tilt)))
+        step = np.where(side * (y + step) < 0, -y, step)          # a row at its tolerance never pulls outwards; one that repeats another may try
         y = y + step
         gamma = np.clip(gamma - w * (tilt + index(arrow, step)), self.lower, self.upper)
     weights = np.empty(len(gamma))
     weights[arrow.units] = kept[0]
-    duals = tuple(lam * part for part in unflatten(arrow, kept[1]))
+    duals = tuple(unflatten(arrow, lam * self.row * kept[1]))
     return NewtonResult(weights, duals[len(self.penalties):], duals, converged, tuple(history))

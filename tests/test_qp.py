@@ -124,7 +124,7 @@ def test_optima_are_those_of_a_general_optimiser(options):
 @pytest.mark.parametrize("upper, rough", [(np.inf, [0, 3, 3, 4.0]), (3.0, [3, 2, 2, 3.0])])
 def test_polishing_frees_what_was_wrongly_fixed(upper, rough):
     scaled = qp._scale(four(upper=upper))
-    p, _, steps = qp._polish(scaled, np.array(rough), np.zeros(1))
+    p, *_, steps = qp._polish(scaled, np.array(rough), np.zeros(1))
     assert_allclose(p * scaled.sigma, 2.5, atol=1e-12)
     assert steps > 1
 

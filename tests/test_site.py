@@ -94,7 +94,7 @@ def test_page(book, page):
 
 def test_exported_code_is_on_the_page(book):
     text = to_markdown(book.pages["05_qp.ipynb"])
-    assert "### ` certify` {.api}" in text and "def certify(" in text and "def _row_sizes(" in text
+    assert "### ` certify` {.api}" in text and "def certify(" in text and "def _largest(" in text
     assert "default_exp" not in text and "nbdev_export" not in text and "#|" not in text
 
 
