@@ -28,6 +28,12 @@ def _picked(columns: np.ndarray) -> np.ndarray | slice:
     return slice(int(columns[0]), int(columns[-1]) + 1) if run else columns
 
 
+def _sorted_into(place: np.ndarray, x: np.ndarray, units: np.ndarray, chunk: int = 1 << 16) -> None:
+    "place[:] = x[units], without a second copy of x in between."
+    for first in range(0, len(units), chunk):
+        place[first:first + chunk] = x[units[first:first + chunk]]
+
+
 class Arrow:
     """The rows of a problem as one matrix R: sums by cluster and sums over all units.
 
@@ -69,7 +75,7 @@ class Arrow:
         self.arrays, self.spans = arrays, [np.arange(a, b) for a, b in zip(ends[:-1], ends[1:])]
         self.x = np.empty((n, ends[-1]))
         for x, first, last in zip(arrays, ends[:-1], ends[1:]):
-            self.x[:, first:last] = x[self.units]
+            _sorted_into(self.x[:, first:last], x, self.units)
         self.column = np.concatenate([np.zeros(0, dtype=int), *(self.spans[j] for j in place)])
         self.scale = np.concatenate([np.zeros((len(self.order), 0)), *(np.repeat(s.scale[self.order, None], s.x.shape[1], axis=1) for s in local)], axis=1)
         self.k, self.r = self.scale.shape
@@ -84,15 +90,20 @@ class Arrow:
             self.shared = np.concatenate([np.zeros(0, dtype=int), *(self.spans[j[0]] for j in found)])
             self.match = np.array([np.flatnonzero((self.column == j) & usable)[0] for j in self.shared], dtype=int)    # a local row with that column
         else:
-            self.f = np.concatenate([np.zeros((len(self.units), 0)), *(s.x[self.units] * s.scale for s in whole)], axis=1)
+            self.f, ends = np.empty((len(self.units), self.q)), np.cumsum([0, *(s.x.shape[1] for s in whole)])
+            for s, a, b in zip(whole, ends[:-1], ends[1:]):
+                _sorted_into(self.f[:, a:b], s.x, self.units)
+            self.f *= self.factor
             self.border, self.corner = np.zeros((self.k, self.r, self.q)), np.zeros((self.q, self.q))
 
     def rescale(self, rows: np.ndarray) -> None:
-        "Multiply the rows by flat `rows`. Their products have to be formed anew."
+        "Multiply the rows by flat `rows`, and the products that hold their scale with them."
         local, whole = self.split(rows)
-        self.scale, self.factor, self.w = self.scale * local, self.factor * whole, None
+        self.scale, self.factor = self.scale * local, self.factor * whole
         if not self.nested:
             self.f *= whole
+            self.border *= local[:, :, None] * whole
+            self.corner = self.corner * np.outer(whole, whole)
 
     def split(self, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         "The (K, r) local and (q,) overall part of a flat vector."
