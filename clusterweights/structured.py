@@ -384,7 +384,7 @@ def _finish(self: Newton, lam: float, y: np.ndarray, z: np.ndarray, w: np.ndarra
         gradient = np.where(inside, 0.0, row_sums(arrow, gamma) - value - soft * y)
         tilt = np.where(w > 0, self.ridge * gamma + index(arrow, y), 0.0)
         size = (np.abs(gradient).max(initial=0.0) / (np.sqrt(self.ridge @ gamma**2) or 1.0)
-                + np.abs(tilt / self.ridge).max() / (np.abs(gamma).mean() or 1.0))
+                + 1e-5 * np.abs(tilt / self.ridge).max() / (np.abs(gamma).mean() or 1.0))         # counts less: rounding errors of y stay in it
         if size < 0.5 * best:
             best, kept = size, (gamma, y)
         else:
