@@ -48,7 +48,7 @@ class BlockSums:
         "The map as a sparse (K·d, n) matrix with n·d entries."
         n, d = self.x.shape
         rows = self.block[:, None] * d + np.arange(d)
-        return sparse.csc_matrix(((self.x * self.scale[self.block, None]).ravel(), rows.ravel(), np.arange(0, n * d + 1, d)),
+        return sparse.csc_matrix(((self.x * self.scale[self.block, None]).ravel(), rows.ravel(), d * np.arange(n + 1)),
                                  shape=(len(self.scale) * d, n))
 
 # %% ../nbs/05_qp.ipynb #e4ba1521
