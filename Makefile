@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pe
 FACTS := setup.py settings.ini
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test export readme site clean
+.PHONY: help demo test bench export readme site clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
@@ -18,6 +18,9 @@ demo: $(VENV)/installed ## install the package and run its demonstration
 
 test: $(VENV)/developing ## run every test: those in the notebooks and those in tests/
 	$(BIN)/python -m pytest $(ONLY)
+
+bench: $(VENV)/developing ## time the solvers, for benchmarks/results.md (SIZES="S M" for some)
+	$(BIN)/python benchmarks/solvers.py $(if $(SIZES),--sizes $(SIZES))
 
 export: $(VENV)/developing ## write the modules from the notebooks, and strip outputs
 	$(BIN)/nbdev_export
