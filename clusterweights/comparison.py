@@ -42,7 +42,8 @@ class Comparison:
     """Several methods on one study. table : one row per method. weights, balances : `Weights` and `Balance` by method. errors : what
     failed, and why.
 
-    Columns of `table`: label, estimate, std_error, conf_low, conf_high, ess_treated, ess_controls, ess_respondents, l2_global, l2_local
+    Columns of `table`: label, estimate, std_error, conf_low, conf_high, df (degrees of freedom of the interval, infinite: normal), corrected (the estimate corrected for remaining imbalance;
+    missing where the method has no outcome model, or the target lies outside the study), vcov (how the standard error was computed), ess_treated, ess_controls, ess_respondents, l2_global, l2_local
     (after weighting), global_reduction, local_reduction (percent), units, clusters (target units kept, and their clusters), status.
     level : of the intervals. estimand : what is estimated.
     ignored : options that change whom an estimate speaks of and that a method does not have. warnings : those that a method gave.
@@ -65,17 +66,22 @@ class Comparison:
     __repr__ = __str__
 
 # %% ../nbs/20_comparison.ipynb #8764885c
-_COLUMNS = ["label", "estimate", "std_error", "conf_low", "conf_high", "ess_treated", "ess_controls", "ess_respondents", "l2_global",
+_COLUMNS = ["label", "estimate", "std_error", "conf_low", "conf_high", "df", "corrected", "vcov", "ess_treated", "ess_controls", "ess_respondents", "l2_global",
             "l2_local", "global_reduction", "local_reduction", "units", "clusters", "status"]
 _TARGETING = ("target", "cluster_weight")      # options that change whom an estimate speaks of
 _FAILURES = {InfeasibleError: "infeasible", SolverError: "no certified answer", EstimationError: "not estimable"}
 
 
-def _row(weights: Weights, balance: Balance, level: float) -> dict:
+def _row(weights: Weights, balance: Balance, level: float, vcov: str) -> dict:
     "One method's figures for the table."
-    effect, l2 = weights.estimate(), balance.l2
+    effect, l2 = weights.estimate(vcov=vcov), balance.l2
     low, high = effect.conf_int(level)
-    return {"estimate": effect.estimate, "std_error": effect.std_error, "conf_low": low, "conf_high": high,
+    can_correct = METHODS[weights.method].outcome_model != "none" and weights.outside is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ClusterWeightsWarning)           # said already
+        corrected = weights.estimate(vcov=vcov, bias_corrected=True).estimate if can_correct else np.nan
+    return {"estimate": effect.estimate, "std_error": effect.std_error, "conf_low": low, "conf_high": high, "df": effect.df, "corrected": corrected,
+            "vcov": effect.vcov,
             **{f"ess_{arm}": size for arm, size in weights.ess.items()}, "l2_global": l2.loc["global", "after"], "l2_local": l2.loc["local", "after"],
             "global_reduction": l2.loc["global", "reduction"], "local_reduction": l2.loc["local", "reduction"],
             "units": weights.target.units, "clusters": weights.target.clusters or np.nan, "status": weights.status}
@@ -104,14 +110,16 @@ def _give_again(caught: list, label: str) -> None:
         warnings.warn(type(w.message)(f"{label}: {w.message}") if own else w.message, stacklevel=caller_depth())
 
 
-def compare(study: Study, methods: Sequence[str] = ("unadjusted", "balancing", "hierarchical"), *, level: float = 0.95,
-            **options) -> Comparison:
+def compare(study: Study, methods: Sequence[str] | None = None, *, level: float = 0.95, vcov: str = "auto", **options) -> Comparison:
     """Run several methods on one study and put their results side by side.
 
-    methods : names of registered methods, in the order of the table. level : of the intervals. options : passed to each method that
+    methods : names of registered methods, in the order of the table; default: unadjusted, balancing and, if treatment varies within clusters, hierarchical. level : of the intervals.
+    vcov : the standard error, as in `Weights.estimate`. options : passed to each method that
     has an option of that name: estimand ("ATT", "ATC", "ATE", "ATO"), lam, tolerance, bounds, max_share, cluster_weight, target, solver; what they
     mean is said at `hierarchical_weights` and `balancing_weights`. A method that finds no weights stays in the table with its reason; any other
     error is raised. Warnings say which method they are about."""
+    if methods is None:
+        methods = [name for name in ("unadjusted", "balancing", "hierarchical") if getattr(study, "level", "") != "cluster" or METHODS[name].whole_clusters]
     _check_methods(study, methods, options)
     rows, weights, balances, errors, said = {}, {}, {}, {}, {}
     estimand = canonical_estimand(options.get("estimand"), METHODS[methods[0]], study)
@@ -122,7 +130,7 @@ def compare(study: Study, methods: Sequence[str] = ("unadjusted", "balancing", "
             try:
                 found = METHODS[name].function(study, **own)
                 balance = found.balance()
-                rows[name] = _row(found, balance, level)
+                rows[name] = _row(found, balance, level, vcov)
                 weights[name], balances[name] = found, balance
             except tuple(_FAILURES) as error:
                 errors[name] = error
@@ -142,12 +150,12 @@ def summary(self: Comparison) -> Table:
     t = self.table
     frame = pd.DataFrame({
         "estimate": t["estimate"], "std. error": t["std_error"], f"{100 * self.level:g}% low": t["conf_low"],
-        f"{100 * self.level:g}% high": t["conf_high"],
+        f"{100 * self.level:g}% high": t["conf_high"], "corrected": t["corrected"], **({"df": t["df"]} if np.isfinite(t["df"].astype(float)).any() else {}),
         **{f"ESS {arm}": t[f"ess_{arm}"] for arm in WEIGHTED_ARMS[self.estimand]}, "L2 global": t["l2_global"], "L2 local": t["l2_local"],
         "global, % less": t["global_reduction"], "local, % less": t["local_reduction"],
         "units": t["units"], "clusters": t["clusters"], "status": t["status"]}).set_axis(t["label"].to_numpy())
     places = f"z,.{decimals(t['std_error'].min())}f"
-    formats = dict.fromkeys(frame, "z.3f") | dict.fromkeys(list(frame)[:4], places) | dict.fromkeys(
+    formats = dict.fromkeys(frame, "z.3f") | dict.fromkeys(list(frame)[:5], places) | {"df": ".3g"} | dict.fromkeys(
         ["ESS treated", "ESS controls", "ESS respondents", "units", "clusters"], ",.0f") | dict.fromkeys(
         ["global, % less", "local, % less"], "z.0f")
     outcome = self.study.columns["outcome"][0]
@@ -162,7 +170,10 @@ def _notes(self: Comparison) -> list[str]:
     prices = {METHODS[name].label: w.params["lam"] for name, w in self.weights.items() if "lam" in w.params}
     said = "; ".join(f"{label} " + (", ".join(f"{v:.3g} for the {arm}" for arm, v in lam.items()) if isinstance(lam, Mapping) else f"{lam:.3g}")
                      for label, lam in prices.items())
-    return ["std. error: of chance among these units in these clusters, not for other clusters (not cluster-robust).",
+    kinds = list(dict.fromkeys(self.table["vcov"].dropna()))
+    counted_units = [kind for kind in kinds if kind.startswith("residualised, for the units")]
+    return ["std. error: " + ("of chance among these units in these clusters, not for other clusters (not cluster-robust)." if kinds == counted_units else f"{'; '.join(kinds)}."),
+            "corrected: the estimate after an outcome model has corrected it for the imbalance that is left. If it differs by more than chance, balance was not good enough.",
             "ESS: effective sample size. L2: root mean square of standardised differences after weighting, over the whole "
             "sample (global) and within clusters (local), and by how many percent it fell.",
             f"units, clusters: whom the estimate speaks of, among {TARGET_NOUNS[self.estimand]}."] + ([f"lam, the price of uneven weights: {said}."] if said else [])

@@ -21,9 +21,9 @@ import pandas as pd
 
 # %% auto #0
 __all__ = ['TOLERANCES', 'ClusterWeightsError', 'InputError', 'EstimationError', 'SolverError', 'InfeasibleError',
-           'ClusterWeightsWarning', 'DroppedUnitsWarning', 'OverlapWarning', 'shown', 'listed', 'nearest', 'counted',
-           'decimals', 'expect_error', 'caller_depth', 'expect_warning', 'Certificate', 'Table', 'interval_plot',
-           'check_output', 'write_file']
+           'ClusterWeightsWarning', 'DroppedUnitsWarning', 'OverlapWarning', 'FewClustersWarning', 'shown', 'listed',
+           'nearest', 'counted', 'decimals', 'expect_error', 'caller_depth', 'expect_warning', 'Certificate', 'Table',
+           'interval_plot', 'check_output', 'write_file']
 
 # %% ../nbs/00_core.ipynb #d2c968e0
 class ClusterWeightsError(Exception):
@@ -70,6 +70,10 @@ class DroppedUnitsWarning(ClusterWeightsWarning):
 
 class OverlapWarning(ClusterWeightsWarning):
     "The weights lean on very few units."
+
+
+class FewClustersWarning(ClusterWeightsWarning):
+    "A standard error that counts clusters rests on very few of them."
 
 # %% ../nbs/00_core.ipynb #a72543e7
 def shown(value) -> str:

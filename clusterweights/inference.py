@@ -5,7 +5,7 @@
 # %% ../nbs/07_inference.ipynb #65056f87
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 
 import numpy as np
@@ -15,7 +15,8 @@ from .core import EstimationError, InputError, Table, counted, decimals
 from .study import cluster_sums, variance_components
 
 # %% auto #0
-__all__ = ['residualised_variance', 'left_out_residuals', 'Estimate', 'contrast', 'weighted_mean']
+__all__ = ['residualised_variance', 'LinearFit', 'variance_ratio', 'fit_linear', 'reference_prediction', 'Estimate', 'contrast',
+           'weighted_mean']
 
 # %% ../nbs/07_inference.ipynb #055cb609
 def residualised_variance(weights: np.ndarray, residuals: np.ndarray) -> float:
@@ -26,40 +27,76 @@ def residualised_variance(weights: np.ndarray, residuals: np.ndarray) -> float:
     return float((share**2 * residuals**2).sum())
 
 # %% ../nbs/07_inference.ipynb #449a1c27
-def left_out_residuals(x: np.ndarray, y: np.ndarray, starts: np.ndarray | None = None, kappa: float | None = None) -> np.ndarray:
-    """y minus its prediction from a linear model fitted without that unit.
+@dataclass(frozen=True)
+class LinearFit:
+    """A linear outcome model. fitted : (n,) its predictions. left_out : (n,) for each unit, the prediction of a fit without it. slopes : (d,) per unit of
+    the covariates. intercept : float. levels : (K,) of the clusters, 0 if the model has none. kappa : the penalty on these."""
+    fitted: np.ndarray
+    left_out: np.ndarray
+    slopes: np.ndarray
+    intercept: float
+    levels: np.ndarray
+    kappa: float
+
+    def predict(self, x: np.ndarray, block: np.ndarray | None = None) -> np.ndarray:
+        "(m,) predictions for (m, d) covariates. block : (m,) numbers of clusters; -1, or None for all: a cluster that the model has not seen, with level 0."
+        return self.intercept + x @ self.slopes + (0.0 if block is None else np.append(self.levels, 0.0)[block])
+
+# %% ../nbs/07_inference.ipynb #8aeaafab
+def variance_ratio(residuals: np.ndarray, starts: np.ndarray) -> float:
+    "Variance within clusters over variance between, by analysis of variance; infinite if there is none between. residuals : (n,). starts : (K + 1,)."
+    between, within = variance_components(residuals, starts)
+    return within / between if between > 0 and np.isfinite(within) else np.inf
+
+
+def fit_linear(x: np.ndarray, y: np.ndarray, starts: np.ndarray | None = None, *, kappa: float | None = None, ridge: float = 0.0,
+               weights: np.ndarray | None = None) -> LinearFit:
+    """Least squares of y on x, with the prediction for each unit that leaves it out.
 
     x : (n, d) covariates without intercept (d may be 0). y : (n,). starts : (K + 1,), if given, the model has a level for each
-    cluster, shrunk by the penalty `kappa` · Σ u_g² (default: estimated by analysis of variance). Without `starts`, no clusters.
-    A unit that no other unit can predict (its leverage is 1) keeps its deviation from the mean of y. Returns (n,).
+    cluster, shrunk by the penalty `kappa` · Σ u_g² (default: estimated by analysis of variance). Without `starts`, no clusters. ridge : ρ ≥ 0, the penalty
+    is nρ Σ β² for slopes per standard deviation. weights : (n,) of the units in the sum of squares (default: equal).
+    A unit that no other unit can predict (its leverage is 1) is predicted by the mean of y.
     Source: leave-one-out for linear smoothers, Hastie, Tibshirani & Friedman (2009), section 7.10."""
-    y = y - y.mean()
-    spread = x.std(axis=0)
-    x = np.column_stack([np.ones(len(y)), (x - x.mean(axis=0)) / np.where(spread > 0, spread, 1.0)])
-    if starts is not None and kappa is None:
-        pooled = y - x @ np.linalg.lstsq(x, y, rcond=None)[0]
-        between, within = variance_components(pooled, starts)
-        kappa = within / between if between > 0 and np.isfinite(within) else np.inf
-    if starts is None or kappa == np.inf:
-        centred, shrink, level = x, 0.0, np.zeros(len(y))
-    else:
-        sizes = np.diff(starts)
-        shrink = np.repeat(1 / (sizes + kappa), sizes)
-        centred = x - np.repeat(cluster_sums(x, starts), sizes, axis=0) * shrink[:, None]
-        level = np.repeat(cluster_sums(y, starts), sizes) * shrink
-    inverse = np.linalg.pinv(x.T @ centred, rcond=1e-12, hermitian=True)
-    fit = level + centred @ (inverse @ (x.T @ (y - level)))
-    leverage = shrink + np.einsum("ij,jk,ik->i", centred, inverse, centred)
+    w = np.ones(len(y)) if weights is None else weights / weights.mean()
+    mean, centre = np.average(y, weights=w), np.average(x, axis=0, weights=w)
+    spread = np.sqrt(np.average((x - centre) ** 2, axis=0, weights=w))
+    spread = np.where(spread > 0, spread, 1.0)
+    z, y = np.column_stack([np.ones(len(y)), (x - centre) / spread]), y - mean
+    if starts is None:
+        starts, kappa = np.array([0, len(y)]), np.inf
+    elif kappa is None:
+        kappa = variance_ratio(y - fit_linear(x, y, ridge=ridge, weights=weights).fitted, starts)
+    sizes, share = np.diff(starts), 1 / (cluster_sums(w, starts) + kappa)
+    reach = z - np.repeat(share[:, None] * cluster_sums(w[:, None] * z, starts), sizes, axis=0)
+    a = z.T @ (w[:, None] * reach)
+    a[np.diag_indices(len(a))] += np.r_[0.0, np.full(x.shape[1], len(y) * ridge)]
+    inverse = np.linalg.pinv(a, rcond=1e-12, hermitian=True)
+    beta = inverse @ (reach.T @ (w * y))
+    levels = share * cluster_sums(w * (y - z @ beta), starts)
+    fit = z @ beta + np.repeat(levels, sizes)
+    leverage = w * (np.repeat(share, sizes) + np.einsum("ij,jk,ik->i", reach, inverse, reach))
     alone = leverage > 1 - 1e-8
-    return np.where(alone, y, (y - fit) / np.where(alone, 1.0, 1 - leverage))
+    left_out = np.where(alone, 0.0, y - (y - fit) / np.where(alone, 1.0, 1 - leverage))
+    slopes = beta[1:] / spread
+    return LinearFit(mean + fit, mean + left_out, slopes, float(mean + beta[0] - centre @ slopes), levels, float(kappa))
 
 # %% ../nbs/07_inference.ipynb #367feed4
+def reference_prediction(estimand: str, control: np.ndarray, treated: np.ndarray, share: float) -> np.ndarray:
+    """The one model h that is subtracted from both arms when units or clusters count as drawn from a larger population.
+
+    control, treated : (n,) predictions of m̂₀ and m̂₁ for all units. share : π, of the treated units. Returns (n,).
+    Source: influence functions of weighted contrasts, as in Hirshberg & Wager (2021); derived in the chapter on intervals."""
+    return {"ATT": control, "ATC": treated}.get(estimand, (1 - share) * treated + share * control)
+
+# %% ../nbs/07_inference.ipynb #099d235a
 @dataclass(frozen=True)
 class Estimate:
     """A contrast of two arms, or the mean of one, with its standard error.
 
     estimate, std_error : in the outcome's units. mean_treated, mean_control : the two weighted means of a contrast. df : degrees of freedom
-    of the t distribution (infinite: normal). term : what is estimated. vcov : how the standard error was computed."""
+    of the t distribution (infinite: normal). term : what is estimated. vcov : how the standard error was computed. clusters : for errors that count
+    clusters, how many each arm has. reasons : why the standard error was computed so, step by step, for `explain()`. max_bias : the largest bias to allow for."""
     estimate: float
     std_error: float
     mean_treated: float | None = None
@@ -67,6 +104,9 @@ class Estimate:
     df: float = np.inf
     term: str = "ATT"
     vcov: str = "residualised, for the units at hand"
+    clusters: pd.DataFrame | None = None
+    reasons: tuple[str, ...] = ()
+    max_bias: float = 0.0
 
     @property
     def statistic(self) -> float:
@@ -87,6 +127,21 @@ class Estimate:
         half = float(stdtrit(self.df, 0.5 + level / 2)) * self.std_error
         return self.estimate - half, self.estimate + half
 
+    def with_bias(self, bound: float) -> Estimate:
+        "The same estimate with an interval beside it that allows for a bias of up to `bound` ≥ 0, in the outcome's units; `worst_case` gives such a bound."
+        if not (isinstance(bound, Real) and np.isfinite(bound) and bound >= 0):
+            raise InputError(f"bound={bound!r} must be a number, 0 or more, in the outcome's units.")
+        return replace(self, max_bias=float(bound))
+
+    def bias_interval(self, level: float = 0.95) -> tuple[float, float]:
+        "The interval widened by `max_bias` on both sides: it covers at least as often as `level` says for every bias up to that size."
+        low, high = self.conf_int(level)
+        return low - self.max_bias, high + self.max_bias
+
+    def explain(self) -> str:
+        "Why the standard error was computed as it was, step by step."
+        return "\n".join(f"{i}. {reason}" for i, reason in enumerate(self.reasons, 1)) or f"Standard error: {self.vcov}."
+
     def tidy(self, level: float = 0.95) -> pd.DataFrame:
         "One row: term, estimate, std_error, statistic, df, p_value, conf_low, conf_high."
         low, high = self.conf_int(level)
@@ -96,12 +151,26 @@ class Estimate:
     def summary(self, level: float = 0.95) -> Table:
         "The estimate as a table, with the arms' means and how the standard error was computed."
         places = f"z.{decimals(self.std_error)}f"
-        formats = dict.fromkeys(["estimate", "std_error", "conf_low", "conf_high"], places) | {"statistic": ".2f", "p_value": ".3g", "df": ".4g"}
         frame = self.tidy(level).set_index("term")
         frame.index.name = None
-        return Table(frame, title=f"Estimate with {100 * level:g}% interval", formats=formats, notes=[
-            ("" if self.mean_treated is None else f"Weighted mean of the treated {self.mean_treated:{places}}, of the controls "
-             f"{self.mean_control:{places}}. ") + f"Standard error: {self.vcov}."])
+        if self.max_bias:
+            frame["low with bias"], frame["high with bias"] = self.bias_interval(level)
+        formats = dict.fromkeys(["estimate", "std_error", "conf_low", "conf_high", "low with bias", "high with bias"], places)
+        return Table(frame, title=f"Estimate with {100 * level:g}% interval", formats=formats | {"statistic": ".2f", "p_value": ".3g", "df": ".4g"},
+                     notes=self._notes(level, places))
+
+    def _notes(self, level: float, places: str) -> list[str]:
+        notes = [("" if self.mean_treated is None else f"Weighted mean of the treated {self.mean_treated:{places}}, of the controls "
+                  f"{self.mean_control:{places}}. ") + f"Standard error: {self.vcov}."]
+        if np.isfinite(self.df):
+            from scipy.special import stdtrit
+            notes.append(f"df: the standard error is as uncertain as one from {self.df + 1:.1f} independent clusters, so the interval is {stdtrit(self.df, 0.5 + level / 2):.3g} standard "
+                         f"errors to each side, not {stdtrit(np.inf, 0.5 + level / 2):.3g}.")
+        if self.clusters is not None:
+            notes.append("; ".join(f"{arm}: {counted(int(row['clusters']), 'cluster')}, which count like {row['effective']:.1f} of equal weight" for arm, row in self.clusters.iterrows()) + ".")
+        if self.max_bias:
+            notes.append(f"with bias: allows for a bias of up to {self.max_bias:{places}} from imbalance.")
+        return notes
 
     def __str__(self) -> str: return str(self.summary())
     __repr__ = __str__

@@ -17,16 +17,18 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from .core import DroppedUnitsWarning, EstimationError, InfeasibleError, InputError, OverlapWarning, Table, caller_depth, counted, listed, nearest, shown
+from .core import DroppedUnitsWarning, EstimationError, FewClustersWarning, InfeasibleError, InputError, OverlapWarning, Table, caller_depth, counted, listed, nearest, shown
 from .framework import Balance, balance, compare_groups, ess, panels, standardized_differences
-from .inference import Estimate, contrast, left_out_residuals, weighted_mean
+from .inference import Estimate, contrast, reference_prediction, weighted_mean
+from .outcomes import OutcomeModel, Prediction, corrected_mean, outcome_features, predict_outcome
 from .qp import BlockSums, Problem, Solution, closest, exact_means, exact_totals
+from .robust import KINDS, clustered
 from .study import Study, numbers_by_name, cluster_sums
 
 # %% auto #0
 __all__ = ['WEIGHTED_ARMS', 'TARGET_NOUNS', 'METHODS', 'FRAMEWORK_PAPER', 'Arm', 'group_mask', 'target_weights', 'arms', 'Method',
-           'method', 'canonical_estimand', 'Target', 'Weights', 'weigh', 'model_residuals', 'unadjusted_weights',
-           'resolve_lam', 'Feasibility', 'feasibility']
+           'method', 'canonical_estimand', 'Target', 'Weights', 'weigh', 'predict_outcomes', 'model_residuals',
+           'unadjusted_weights', 'resolve_lam', 'Feasibility', 'feasibility']
 
 # %% ../nbs/08_weights.ipynb #c190c258
 WEIGHTED_ARMS = {"ATT": {"controls": "treated"}, "ATC": {"treated": "controls"}, "ATE": {"controls": "all", "treated": "all"},
@@ -199,13 +201,15 @@ class Method:
     """What the package knows of a method. name : as in `compare`. label : for tables. function : Study → Weights.
 
     outcome_model : what the standard error's outcome model may use: "none", "covariates", "covariates and clusters".
-    estimands : those it can estimate in a study of treated and untreated; "mean" and "total" in a survey. source : the reference to cite."""
+    estimands : those it can estimate in a study of treated and untreated; "mean" and "total" in a survey. source : the reference to cite.
+    whole_clusters : whether it can be used where whole clusters were treated."""
     name: str
     label: str
     function: Callable
     outcome_model: str
     estimands: tuple[str, ...]
     source: str = ""
+    whole_clusters: bool = False
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -217,10 +221,11 @@ METHODS: dict[str, Method] = {}
 FRAMEWORK_PAPER = "Ben-Michael, E., Feller, A. & Keele, L. (2026). A weighting framework for clusters as confounders in observational studies"
 
 
-def method(name: str, label: str, *, outcome_model: str, estimands: tuple[str, ...] = ("ATT", "ATC", "ATE"), source: str = "") -> Callable:
+def method(name: str, label: str, *, outcome_model: str, estimands: tuple[str, ...] = ("ATT", "ATC", "ATE"), source: str = "",
+           whole_clusters: bool = False) -> Callable:
     """Register a function `<name>_weights(study, …, *, estimand=None, …) -> Weights` as a method of that name.
 
-    The function gets the estimand by its usual name. label : for tables. outcome_model, estimands, source : as in `Method`."""
+    The function gets the estimand by its usual name. label : for tables. outcome_model, estimands, source, whole_clusters : as in `Method`."""
     def register(function):
         @functools.wraps(function)
         def run(study, *args, **options):
@@ -233,7 +238,7 @@ def method(name: str, label: str, *, outcome_model: str, estimands: tuple[str, .
             weights = function(study, *args, **options)
             _warn(weights)
             return weights
-        METHODS[name] = Method(name, label, run, outcome_model, estimands, source)
+        METHODS[name] = Method(name, label, run, outcome_model, estimands, source, whole_clusters)
         return run
     return register
 
@@ -264,9 +269,10 @@ def _check_call(method: Method, study, options: Mapping) -> None:
     if isinstance(options.get("bounds"), (tuple, list)) and options["bounds"] and isinstance(options["bounds"][0], Real) and options["bounds"][0] < 0:
         raise InputError(f"bounds={options['bounds']!r}: weights below 0 extrapolate, and no balance table or sample size can be read then. The array "
                          "functions allow them.")
-    if study.level == "cluster":
-        raise InputError(f"{study.columns['treat']!r} never varies within {study.columns['cluster']!r}: whole clusters were treated. {name} and its "
-                         "standard error are for treatments that vary within clusters; this version has no method for whole clusters.")
+    if study.level == "cluster" and not method.whole_clusters:
+        others = [m.function.__name__ for m in METHODS.values() if m.whole_clusters]
+        raise InputError(f"{study.columns['treat']!r} never varies within {study.columns['cluster']!r}: whole clusters were treated. {name} compares "
+                         f"treated and untreated within clusters, so it cannot be used; {listed(others)} can.")
 
 # %% ../nbs/08_weights.ipynb #5da0a381
 @dataclass(frozen=True)
@@ -476,17 +482,6 @@ def _warn(weights: Weights) -> None:
                 f"{ess(w):,.1f}. Look at balance(), and consider {remedy}fewer covariates or an upper bound."), stacklevel=caller_depth())
 
 # %% ../nbs/08_weights.ipynb #caf0e1cb
-def _arm_residuals(study: Study, y: np.ndarray, rows: np.ndarray, outcome_model: str) -> np.ndarray:
-    "y − m̂ for the units of one arm at `rows`, which are sorted by cluster."
-    x = study.x[rows]
-    if outcome_model == "none":
-        return left_out_residuals(x[:, :0], y[rows])
-    if outcome_model == "covariates":
-        return left_out_residuals(x, y[rows])
-    sizes = np.unique(study.cluster[rows], return_counts=True)[1]
-    return left_out_residuals(x, y[rows], np.r_[0, np.cumsum(sizes)])
-
-
 def _outcome(study: Study, outcome) -> np.ndarray:
     "The outcome asked for, in the study's order: the first, one by name, or values in the caller's row order."
     if outcome is None:
@@ -511,56 +506,189 @@ def _outcome(study: Study, outcome) -> np.ndarray:
     return values
 
 # %% ../nbs/08_weights.ipynb #1a04af2f
+def _resolved(weights: Weights, model: OutcomeModel | str | None) -> OutcomeModel:
+    "The outcome model asked for, with what it may know filled in."
+    if not isinstance(model, OutcomeModel):
+        model = OutcomeModel(knows=model) if model is None or isinstance(model, str) else OutcomeModel(learner=model)
+    model = replace(model, knows=model.knows or METHODS[weights.method].outcome_model)
+    if weights.study.level == "cluster" and model.knows.endswith("clusters"):
+        raise InputError(f"outcome_model={model.knows!r}: whole clusters were treated, so an arm's model cannot know the level of the other arm's clusters. "
+                         "Use 'covariates' or 'covariates and cluster means'.")
+    return model
+
+
+def _weighted_means(y: np.ndarray, w: np.ndarray) -> Prediction:
+    "The model that knows nothing: the weighted mean, and for each unit that of the others."
+    share, mean = w / w.sum(), np.average(np.where(w > 0, y, 0.0), weights=w)
+    others = np.where((share > 0) & (share < 1), (mean - share * np.where(w > 0, y, 0.0)) / np.where(share < 1, 1 - share, 1.0), mean)
+    return Prediction(np.full(len(y), mean), others)
+
+
+def predict_outcomes(weights: Weights, y: np.ndarray, model: OutcomeModel | str | None = None) -> dict[str, Prediction]:
+    """For each arm ("treated", "controls"; in a survey "respondents"), what an outcome model fitted to its kept units predicts for all units.
+
+    y : (n,) in the study's order. model : an `OutcomeModel`, what it may know, or a learner; default: least squares on what the method conditions on."""
+    study, kept, model = weights.study, weights.reason == "", _resolved(weights, model)
+    masks = {name: group_mask(study, name) & kept for name in (["respondents"] if study.level == "survey" else ["treated", "controls"])}
+    if model.knows == "none":
+        return {name: _weighted_means(y, np.where(mask, weights.in_order, 0.0)) for name, mask in masks.items()}
+    x = outcome_features(study.x, study.treat, study.sampling_weights * kept, study.starts, model.knows)
+    return {name: predict_outcome(x, y, mask, study.starts, model, study.sampling_weights) for name, mask in masks.items()}
+
+
 def model_residuals(weights: Weights, y: np.ndarray) -> np.ndarray:
-    "(n,) y − m̂ for kept units, m̂ fitted in each arm with what the method conditions on; 0 elsewhere. y : (n,) in the study's order."
-    study, residuals = weights.study, np.zeros(weights.study.n)
-    for mask in (study.treat,) if study.level == "survey" else (study.treat, ~study.treat):
-        rows = np.flatnonzero(mask & (weights.reason == ""))
-        residuals[rows] = _arm_residuals(study, y, rows, METHODS[weights.method].outcome_model)
+    "(n,) y − m̂ for kept units, m̂ fitted in each arm with what the method conditions on and without the unit; 0 elsewhere. y : (n,) in the study's order."
+    return _own_residuals(weights, y, predict_outcomes(weights, y))
+
+
+def _own_residuals(weights: Weights, y: np.ndarray, found: Mapping[str, Prediction]) -> np.ndarray:
+    residuals = np.zeros(weights.study.n)
+    for name, prediction in found.items():
+        mask = group_mask(weights.study, name) & (weights.reason == "")
+        residuals[mask] = (y - prediction.left_out)[mask]
     return residuals
 
 
+def _reference(weights: Weights, found: Mapping[str, Prediction], which: str) -> np.ndarray:
+    "(n,) the one model h that is subtracted from both arms; which : \"fitted\" or \"left_out\"."
+    study = weights.study
+    share = study.sampling_weights[study.treat].sum() / study.sampling_weights.sum()
+    return reference_prediction(weights.estimand, *(getattr(found[name], which) for name in ("controls", "treated")), share)
+
+# %% ../nbs/08_weights.ipynb #07fc948b
+_VCOVS = ("auto", "residualised", "population", *KINDS)
+_FEW = 5.0           # below this many degrees of freedom the t approximation is rough itself (Pustejovsky & Tipton, 2018)
+
+
+def _which_vcov(study: Study, vcov: str) -> str:
+    "The standard error asked for, by its name in the package."
+    vcov = {"residualized": "residualised"}.get(vcov, vcov)
+    if not isinstance(vcov, str) or vcov not in _VCOVS:
+        raise InputError(f"Unknown vcov {vcov!r}." + nearest(vcov, _VCOVS))
+    if vcov == "population" and study.level == "survey":
+        raise InputError("vcov='population' is for effects. In a survey whose clusters were sampled, vcov='CR2' speaks of more than the units at hand.")
+    return {"survey": "residualised", "unit": "residualised", "cluster": "CR2"}[study.level] if vcov == "auto" else vcov
+
+
+def _reasons(weights: Weights, vcov: str, asked: str, model: OutcomeModel) -> tuple[str, ...]:
+    "Should the standard error count clusters? The answer for this study, step by step (Abadie et al., 2023)."
+    study, own = weights.study, METHODS[weights.method].outcome_model
+    clusters, treat = study.columns["cluster"], study.columns.get("treat")
+    if study.level == "survey":
+        steps = [f"{study.columns['outcome'][0]} is a survey's outcome, of {study.n_rows:,} units in {len(study.labels):,} clusters ({clusters})."]
+    elif study.level == "cluster":
+        steps = [f"{treat} never varies within {clusters}: whole clusters were treated, so chance has one draw for each of {len(study.labels):,} clusters, and the standard error must count them."]
+    else:
+        steps = [f"{treat} varies within {clusters}: units were treated one by one. For the units at hand, the standard error need not count clusters if weights compare within them."]
+        if "clusters" not in own:
+            steps.append(f"{METHODS[weights.method].label} does not: what clusters have in common stays in the contrast. That is a bias first, which no standard error covers; compare within clusters, or "
+                         "see how far vcov='CR2' moves the interval.")
+    steps.append({"residualised": "The estimate speaks of the units at hand. Each unit's deviation from the outcome model of its own arm counts.",
+                  "population": "The estimate speaks of all units like these, in these clusters. Each unit's deviation from one model for both arms counts, so that effects that differ count, too.",
+                  }.get(vcov, "The estimate speaks of more clusters like these. Deviations from one model for both arms are added up by cluster, so whatever its units share counts once."))
+    steps.append(f"The outcome model knows: {model.knows}." + (" What weights balance cancels in the contrast and is no uncertainty." if model.knows != "none" else ""))
+    return (*steps, f"vcov='{vcov}' was asked for." if asked != "auto" else f"Hence vcov='{vcov}'.")
+
+# %% ../nbs/08_weights.ipynb #a42d7329
+def _centred(study: Study, residuals: np.ndarray, w: np.ndarray) -> np.ndarray:
+    "(n,) residuals minus the weighted mean of their arm."
+    out = residuals.copy()
+    for mask in (study.treat, ~study.treat):
+        if w[mask].sum() > 0:
+            out[mask] -= np.average(residuals[mask], weights=w[mask])
+    return out
+
+
+def _with_error(weights: Weights, y: np.ndarray, w: np.ndarray, residuals: np.ndarray, vcov: str) -> Estimate:
+    "The contrast under weights w (n,), with the standard error that `vcov` says."
+    study = weights.study
+    plain = contrast(y, study.treat, w, residuals if vcov == "residualised" else _centred(study, residuals, w), weights.estimand)
+    if vcov in KINDS:
+        return clustered(plain, residuals, study.treat, w, study.starts, vcov)
+    return plain if vcov == "residualised" else replace(plain, vcov="residualised, for the population that the units were drawn from")
+
+
+def _survey_estimate(weights: Weights, y: np.ndarray, found: Prediction, vcov: str, bias_corrected: bool) -> Estimate:
+    "The mean or total, with the standard error that `vcov` says."
+    study, used, w = weights.study, weights.study.treat, weights.in_order
+    scale = 1.0 if weights.estimand == "mean" else w.sum() * (study.weight_scale if study.totals is None else 1.0)       # what the weights stand for
+    effect = weighted_mean(y[used], w[used], (y - found.left_out)[used], weights.estimand, scale=scale)
+    if vcov in KINDS:       # known totals stay as they are; a sample's own means would change with its clusters
+        rest = np.where(used, y if study.totals is None else y - found.left_out, 0.0)
+        effect = clustered(effect, rest, np.ones(study.n, dtype=bool), w, study.starts, vcov, scale=scale)
+    return replace(effect, estimate=corrected_mean(effect.estimate, scale * weights.gaps["respondents"], found.fitted)) if bias_corrected else effect
+
+
+def _corrected(weights: Weights, effect: Estimate, found: Mapping[str, Prediction]) -> Estimate:
+    "The effect minus what the outcome models say of the imbalance that is left in each arm."
+    means = {"treated": effect.mean_treated, "controls": effect.mean_control}
+    for arm, gap in weights.gaps.items():
+        means[arm] = corrected_mean(means[arm], gap, _reference(weights, found, "fitted") if weights.estimand == "ATO" else found[arm].fitted)
+    return replace(effect, estimate=means["treated"] - means["controls"], mean_treated=means["treated"], mean_control=means["controls"])
+
+
 @patch
-def estimate(self: Weights, outcome=None, by=None) -> Estimate | pd.DataFrame:
-    """The effect with its residualised standard error.
+def estimate(self: Weights, outcome=None, by=None, *, vcov: str = "auto", outcome_model: OutcomeModel | str | None = None,
+             bias_corrected: bool = False) -> Estimate | pd.DataFrame:
+    """The effect with its standard error.
 
     outcome : the name of one of the study's outcomes, or values in the caller's row order; default: the first outcome.
     by : values in the caller's row order that define subgroups; rows where it is missing belong to none. Returns a data frame then, one `tidy()` row per subgroup, with the
     units and the largest |SMD| in it: weights balance the sample, and a subgroup only as far as that column says.
-    Raises `InputError` if there is no outcome, `EstimationError` if an arm has fewer than two units with weight."""
-    study, y = self.study, _outcome(self.study, outcome)
-    residuals = model_residuals(self, y)
+    vcov : "auto" ("residualised"; "CR2" if whole clusters were treated), "residualised" (for the units at hand), "population" (for the units they were drawn from), or "CR0" to "CR3" (counts clusters).
+    outcome_model : what the model behind standard error and correction may know ("none", "covariates", "covariates and clusters", …), a learner, or an `OutcomeModel`; default: what the
+    method conditions on. bias_corrected : subtract what that model says of the imbalance that is left.
+    Raises `InputError` if there is no outcome, `EstimationError` if an arm has fewer than two units (or for CR, clusters) with weight. Warns (`FewClustersWarning`) if the standard error
+    has fewer than 5 degrees of freedom."""
+    study, y, asked = self.study, _outcome(self.study, outcome), vcov
+    vcov, model = _which_vcov(study, vcov), _resolved(self, outcome_model)
+    found = predict_outcomes(self, y, model)
     if study.level == "survey":
         if by is not None:
             raise InputError("by= compares arms within subgroups; a survey has one arm.")
-        size = self.in_order.sum() * (study.weight_scale if study.totals is None else 1.0)       # of what the weights stand for
-        return weighted_mean(y[study.treat], self.in_order[study.treat], residuals[study.treat], self.estimand,
-                             scale=size if self.estimand == "total" else 1.0)
-    if by is None:
-        return contrast(y, study.treat, self.in_order, residuals, self.estimand)
+        effect = _survey_estimate(self, y, found["respondents"], vcov, bias_corrected)
+    else:
+        reference = 0.0 if model.knows == "none" else _reference(self, found, "left_out")
+        residuals = _own_residuals(self, y, found) if vcov == "residualised" else np.where(self.reason == "", y - reference, 0.0)
+        if by is not None:
+            return _by_group(self, y, residuals, by, vcov, bias_corrected)
+        effect = _with_error(self, y, self.in_order, residuals, vcov)
+        effect = _corrected(self, effect, found) if bias_corrected else effect
+    _warn_few(effect)
+    return replace(effect, vcov=effect.vcov + ("; corrected for remaining imbalance" if bias_corrected else ""), reasons=_reasons(self, vcov, asked, model))
+
+
+def _warn_few(effect: Estimate) -> None:
+    if effect.df < _FEW:
+        fewest = "" if effect.clusters is None else (" The {} rest on clusters that count like {:.1f} of equal weight.".format(
+            effect.clusters["effective"].idxmin(), effect.clusters["effective"].min()))
+        warnings.warn(FewClustersWarning(
+            f"The standard error has {effect.df:.1f} degrees of freedom, so even its t interval is approximate.{fewest} Spread the weights over more clusters (a larger lam, fewer covariates, "
+            "another estimand), or use a test that shuffles whole clusters."), stacklevel=caller_depth())
+
+# %% ../nbs/08_weights.ipynb #198535f5
+def _by_group(weights: Weights, y: np.ndarray, residuals: np.ndarray, by, vcov: str, bias_corrected: bool) -> pd.DataFrame:
+    "One row per subgroup."
+    study = weights.study
+    if bias_corrected:
+        raise InputError("bias_corrected=True corrects for the imbalance of all units; it cannot be combined with by=.")
     if isinstance(by, str) or np.ndim(by) != 1:
         raise InputError("by must be one column of values, in the order of the data's rows: by=data['group'].")
     study.check_index(by)
-    return _by_group(self, y, residuals, study.from_rows(np.asarray(by)))
-
-# %% ../nbs/08_weights.ipynb #198535f5
-def _by_group(weights: Weights, y: np.ndarray, residuals: np.ndarray, groups: np.ndarray) -> pd.DataFrame:
-    "One row per subgroup."
-    study, rows, found = weights.study, [], pd.unique(pd.Series(groups).dropna())
+    groups = study.from_rows(np.asarray(by))
+    rows, found = [], pd.unique(pd.Series(groups).dropna())
     if not len(found):
         raise InputError("by has no values: every row is missing.")
     for group in found:
         mine = groups == group
-        w, centred = np.where(mine, weights.in_order, 0.0), residuals.copy()
-        for mask in (study.treat, ~study.treat):            # a subgroup has its own mean, which the model does not know
-            if w[mask].sum() > 0:
-                centred[mask] -= np.average(residuals[mask], weights=w[mask])
+        w = np.where(mine, weights.in_order, 0.0)
         smd = standardized_differences(study.x, study.treat, np.array([0, study.n]), mine * study.sampling_weights, w)[1]
         try:
-            row = contrast(y, study.treat, w, centred, weights.estimand).tidy()
+            effect = _with_error(weights, y, w, _centred(study, residuals, w), vcov)       # a subgroup has its own mean, which the model does not know
         except EstimationError as error:
             raise EstimationError(f"Subgroup {shown(group)}: {error}") from None
-        rows.append(row.assign(group=group, units=int((w > 0).sum()), largest_smd=pd.Series(np.abs(smd[0])).max()))
+        _warn_few(effect)
+        rows.append(effect.tidy().assign(group=group, units=int((w > 0).sum()), largest_smd=pd.Series(np.abs(smd[0])).max()))
     return pd.concat(rows, ignore_index=True).sort_values("group", key=lambda v: v.map(str), ignore_index=True)
 
 # %% ../nbs/08_weights.ipynb #21494839
@@ -606,7 +734,7 @@ def _repr_html_(self: Weights) -> str:
     return self.summary()._repr_html_()
 
 # %% ../nbs/08_weights.ipynb #a8c777e0
-@method("unadjusted", "Unadjusted", outcome_model="none", source="The difference of means, in a survey the mean, without adjustment.")
+@method("unadjusted", "Unadjusted", outcome_model="none", whole_clusters=True, source="The difference of means, in a survey the mean, without adjustment.")
 def unadjusted_weights(study: Study, *, estimand: str | None = None, cluster_weight: str = "units") -> Weights:
     """No adjustment: each unit keeps its sampling weight, scaled to the target's total. The plain difference of means (survey: the mean).
 

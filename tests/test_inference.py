@@ -7,7 +7,7 @@ from helpers import anova_components, left_out_by_refitting
 from numpy.testing import assert_allclose
 
 from clusterweights import EstimationError, Estimate, InputError
-from clusterweights.inference import contrast, left_out_residuals, residualised_variance
+from clusterweights.inference import contrast, fit_linear, residualised_variance
 
 
 def clustered(seed=1):
@@ -20,36 +20,36 @@ def clustered(seed=1):
 
 def test_without_clusters_the_residuals_are_those_of_press():
     x, y, _, _ = clustered()
-    assert_allclose(left_out_residuals(x, y), sm.OLS(y, sm.add_constant(x)).fit().get_influence().resid_press, rtol=1e-10)
+    assert_allclose(y - fit_linear(x, y).left_out, sm.OLS(y, sm.add_constant(x)).fit().get_influence().resid_press, rtol=1e-10)
 
 
 @pytest.mark.parametrize("kappa", [0.5, 3.0])
 def test_with_clusters_the_residuals_are_those_of_refitting(kappa):
     x, y, cluster, starts = clustered()
-    assert_allclose(left_out_residuals(x, y, starts, kappa), left_out_by_refitting(y, x, cluster, kappa), rtol=1e-9)
+    assert_allclose(y - fit_linear(x, y, starts, kappa=kappa).left_out, left_out_by_refitting(y, x, cluster, kappa), rtol=1e-9)
 
 
 def test_kappa_is_that_of_an_analysis_of_variance():
     x, y, cluster, starts = clustered()
     between, within = anova_components(y, x, cluster)
     assert between > 0
-    assert_allclose(left_out_residuals(x, y, starts), left_out_by_refitting(y, x, cluster, within / between), rtol=1e-9)
+    assert_allclose(y - fit_linear(x, y, starts).left_out, left_out_by_refitting(y, x, cluster, within / between), rtol=1e-9)
 
 
 def test_clusters_that_are_alike_count_as_none():
     alike = np.tile([1.0, -1.0, 3.0, -3.0, 2.0], 5)
-    assert_allclose(left_out_residuals(np.zeros((25, 0)), alike, np.arange(0, 26, 5)), (alike - alike.mean()) * 25 / 24, rtol=1e-12)
+    assert_allclose(alike - fit_linear(np.zeros((25, 0)), alike, np.arange(0, 26, 5)).left_out, (alike - alike.mean()) * 25 / 24, rtol=1e-12)
 
 
 def test_a_negative_component_counts_as_no_clusters():
     y, cluster = np.random.default_rng(1).normal(size=30), np.repeat(np.arange(6), 5)
     assert anova_components(y, np.zeros((30, 0)), cluster)[0] < 0
-    assert_allclose(left_out_residuals(np.zeros((30, 0)), y, np.arange(0, 31, 5)), (y - y.mean()) * 30 / 29, rtol=1e-12)
+    assert_allclose(y - fit_linear(np.zeros((30, 0)), y, np.arange(0, 31, 5)).left_out, (y - y.mean()) * 30 / 29, rtol=1e-12)
 
 
 def test_a_unit_that_no_other_predicts_keeps_its_deviation_from_the_mean():
     y, x = np.array([1.0, 2.0, 4.0, 9.0]), np.array([[0.0], [0], [0], [1]])
-    assert_allclose(left_out_residuals(x, y), [1 - 3, 2 - 2.5, 4 - 1.5, 9 - 4], atol=1e-12)
+    assert_allclose(y - fit_linear(x, y).left_out, [1 - 3, 2 - 2.5, 4 - 1.5, 9 - 4], atol=1e-12)
 
 
 def test_the_variance_is_a_sum_over_units():

@@ -13,7 +13,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from scipy.optimize import minimize
 
 import clusterweights as cw
-from clusterweights import EstimationError, InfeasibleError, InputError, Study
+from clusterweights import EstimationError, FewClustersWarning, InfeasibleError, InputError, Study
 from clusterweights.balancing import solve_balancing
 from clusterweights.datasets import late_entry_study, load_late_entry
 from clusterweights.hierarchical import solve_hierarchical
@@ -458,5 +458,10 @@ def test_every_method_refuses_what_is_no_study_and_what_is_no_option(name):
         FUNCTIONS[name](FRAME)
     with pytest.raises(InputError, match="has no option 'estimant'. Did you mean 'estimand'"):
         FUNCTIONS[name](study(), estimant="ATT")
-    with pytest.raises(InputError, match="never varies within 'school'"):
-        FUNCTIONS[name](study(FRAME.assign(late=FRAME["school"] % 2)))
+    whole = study(FRAME.assign(late=FRAME["school"] % 2))
+    if METHODS[name].whole_clusters:
+        with pytest.warns(FewClustersWarning, match="degrees of freedom"):
+            assert FUNCTIONS[name](whole).estimate().vcov == "CR2, counts clusters"
+    else:
+        with pytest.raises(InputError, match="never varies within 'school'.*unadjusted_weights"):
+            FUNCTIONS[name](whole)
