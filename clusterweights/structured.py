@@ -5,13 +5,13 @@
 # %% ../nbs/06_structured.ipynb #2d84b488
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from fastcore.basics import patch
 
+from .core import one_thread
 from .qp import BlockSums, Problem
 
 # %% auto #0
@@ -311,14 +311,6 @@ class Newton:
         "(n,) 1/r for units strictly within their bounds, 0 for others."
         return np.where((z > self.lower) & (z < self.upper), 1 / self.ridge, 0.0)
 
-# %% ../nbs/06_structured.ipynb #9a976571
-@functools.cache
-def _threads():
-    "The handle on the threads of the linear algebra libraries; looking for them takes a while."
-    import scipy.linalg                                 # brings a library of its own, which has to be there to be found
-    from threadpoolctl import ThreadpoolController
-    return ThreadpoolController()
-
 # %% ../nbs/06_structured.ipynb #62ac19b6
 @patch
 def slope(self: Newton, y: np.ndarray, z: np.ndarray, step: np.ndarray, dz: np.ndarray, soft: np.ndarray, width: float) -> Callable:
@@ -337,7 +329,7 @@ def slope(self: Newton, y: np.ndarray, z: np.ndarray, step: np.ndarray, dz: np.n
 @patch
 def run(self: Newton, lam: float = 1.0, start: Sequence[np.ndarray] | None = None) -> NewtonResult:
     "Maximise the dual with every ridge multiplied by `lam`, from `start` (`duals` of another result; default: 0), and refine the weights."
-    with _threads().limit(limits=1, user_api="blas"):
+    with one_thread():
         return self._ascend(lam, start)
 
 
