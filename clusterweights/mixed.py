@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 
 from .core import EstimationError, InputError, NotConvergedWarning, Table, caller_depth, counted, listed, nearest, one_thread
 from .study import by_size, cluster_sums
@@ -131,7 +132,8 @@ class Convergence:
     """Evidence that a fit has arrived at a maximum.
 
     gradient : the largest slope of the log-likelihood in any parameter that is not at its boundary, per standard deviation of a covariate. curvature : the smallest eigenvalue of the information matrix of the
-    parameters that are not at their boundary, scaled to a unit diagonal, computed from the likelihood; negative at a saddle, near 0 where the likelihood is flat; NaN if no such parameter is left. iterations : how many steps were made."""
+    parameters that are not at their boundary, scaled to a unit diagonal: negative at a saddle, near 0 where the likelihood is flat. Linear model: the curvature in the logarithm of the ratio, NaN at the boundary.
+    iterations : how many steps were made."""
     gradient: float
     curvature: float
     iterations: int
@@ -280,3 +282,137 @@ def _linear_result(products: _ClusterProducts, design: _Design, y: np.ndarray, s
     fitted = design.x @ beta + y.mean() + np.repeat(effects, np.diff(starts))
     return LinearMixed(design.names, method, coef, within * design.back @ inverse @ design.back.T, tau * within, within, effects,
                        tau * within * products.d / shrink, fitted, -deviance / 2, tau == 0, convergence)
+
+# %% ../nbs/04_mixed.ipynb #321f5cd0
+def _response(a: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    "The log of the probability of what was observed, and the probability of the opposite, for a = log-odds (treated) or minus them."
+    e = np.exp(-np.abs(a))
+    return np.minimum(a, 0) - np.log(1 + e), np.where(a >= 0, e, 1.0) / (1 + e)
+
+
+def _chance(eta: np.ndarray) -> np.ndarray: return _response(-eta)[1]
+
+
+def _hermite(nodes: int) -> tuple[np.ndarray, np.ndarray]:
+    "Gauss–Hermite nodes t and log weights + t²."
+    t, weight = np.polynomial.hermite.hermgauss(nodes)
+    return t, np.log(weight) + t**2
+
+
+class _Data:
+    "Treatment and covariates with clusters in order of size. x : (n, p), sign : (n,) ±1."
+
+    def __init__(self, x: np.ndarray, z: np.ndarray, starts: np.ndarray):
+        self.order, self.first, self.units, self.buckets = by_size(starts)
+        self.sizes, self.k = np.diff(self.first), len(starts) - 1
+        self.x, self.sign = x[self.units], np.where(z, 1.0, -1.0)[self.units]
+
+    def sums(self, v: np.ndarray) -> np.ndarray: return cluster_sums(v, self.first)
+    def spread(self, v: np.ndarray) -> np.ndarray: return np.repeat(v, self.sizes, axis=0)
+
+    def products(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        "(K, p, q): a'b in each cluster, for (n, p) and (n, q) arrays."
+        out = np.empty((self.k, a.shape[1], b.shape[1]))
+        for rows, clusters, (k, m) in self.buckets:
+            np.matmul(a[rows].reshape(k, m, -1).transpose(0, 2, 1), b[rows].reshape(k, m, -1), out=out[clusters])
+        return out
+
+# %% ../nbs/04_mixed.ipynb #67de462e
+@dataclass
+class _Modes:
+    "Modes `v` and curvatures `h` (K,) and, there: cluster sums of residuals, weights w and their derivatives t, and (n,) eta, w, t."
+    v: np.ndarray
+    h: np.ndarray
+    residuals: np.ndarray
+    weights: np.ndarray
+    eta: np.ndarray
+    w: np.ndarray
+    t: np.ndarray
+
+
+class _RandomIntercept(_Data):
+    "The log-likelihood as a function of theta = (β, σ), by quadrature. prior : what is added, times log σ."
+
+    def __init__(self, x: np.ndarray, z: np.ndarray, starts: np.ndarray, prior: float = 0.0):
+        super().__init__(x, z, starts)
+        self.v, self.prior, self.scales = np.zeros(self.k), prior, np.array([x.shape[1]])
+
+    def modes(self, theta: np.ndarray) -> _Modes:
+        sigma, eta, v = theta[-1], self.x @ theta[:-1], self.v
+        cut = 2 / max(abs(sigma), 1e-3)
+        for _ in range(_MOST_INNER):
+            q = _response(self.sign * (eta + sigma * self.spread(v)))[1]
+            w = q * (1 - q)
+            residuals, weights = self.sums(self.sign * q), self.sums(w)
+            h = 1 + sigma**2 * weights
+            step = (sigma * residuals - v) / h
+            if np.abs(step).max() < _INNER:
+                break
+            v = v + np.clip(step, -cut, cut)
+        self.v = v
+        return _Modes(v, h, residuals, weights, eta, w, w * self.sign * (2 * q - 1))
+
+
+_INNER, _MOST_INNER = 1e-12, 50
+
+# %% ../nbs/04_mixed.ipynb #37df08a1
+@dataclass
+class _Nodes:
+    "A run of clusters at its nodes: where it is, (k, m) v, shares, sums of residuals, (n, m) residuals, (k,) log of the integral."
+    rows: slice
+    clusters: slice
+    local: np.ndarray
+    v: np.ndarray
+    share: np.ndarray
+    sums: np.ndarray
+    residuals: np.ndarray
+    log_integral: np.ndarray
+
+    def average(self, values: np.ndarray) -> np.ndarray:
+        "(n,) averages over nodes of (n, m) values."
+        return np.einsum("nm,nm->n", values, np.repeat(self.share, np.diff(self.local), axis=0))
+
+
+@patch
+def at_nodes(self: _RandomIntercept, theta: np.ndarray, modes: _Modes, nodes: int) -> Iterator[_Nodes]:
+    "What quadrature needs, in runs of clusters that fit into the processor's cache."
+    t, log_weight = _hermite(nodes)
+    for rows, clusters in _chunks(self.first, (1 << 17) // nodes):
+        local = self.first[clusters.start:clusters.stop + 1] - rows.start
+        v = modes.v[clusters, None] + np.sqrt(2 / modes.h[clusters, None]) * t
+        sign = self.sign[rows, None]
+        logs, q = _response(sign * (modes.eta[rows, None] + theta[-1] * np.repeat(v, np.diff(local), axis=0)))
+        logs = log_weight + cluster_sums(logs, local) - v**2 / 2
+        top = logs.max(axis=1)
+        share = np.exp(logs - top[:, None])
+        total = share.sum(axis=1)
+        q *= sign
+        yield _Nodes(rows, clusters, local, v, share / total[:, None], cluster_sums(q, local), q, top + np.log(total) - np.log(np.pi * modes.h[clusters]) / 2)
+
+
+@patch
+def value(self: _RandomIntercept, theta: np.ndarray, nodes: int) -> tuple[float, np.ndarray]:
+    "The log-likelihood (with the prior) and its gradient."
+    m, sigma, t = self.modes(theta), theta[-1], _hermite(nodes)[0]
+    value, residuals, (a, b, direct) = 0.0, np.empty(len(m.eta)), np.empty((3, self.k))
+    for at in self.at_nodes(theta, m, nodes):
+        slope = sigma * at.sums - at.v
+        value += at.log_integral.sum()
+        residuals[at.rows] = at.average(at.residuals)
+        a[at.clusters] = (at.share * slope).sum(axis=1)
+        b[at.clusters] = np.sqrt(2 / m.h[at.clusters]) * ((at.share * slope) @ t)
+        direct[at.clusters] = (at.share * at.v * at.sums).sum(axis=1)
+    return self._assemble(value, residuals, m, sigma, a, b, direct)
+
+
+@patch
+def _assemble(self: _RandomIntercept, value: float, residuals: np.ndarray, m: _Modes, sigma: float, a: np.ndarray, b: np.ndarray, direct: np.ndarray) -> tuple:
+    total = self.sums(m.t)
+    moved = (m.residuals - sigma * m.v * m.weights) / m.h
+    width = -(2 * sigma * m.weights + sigma**2 * total * (m.v + sigma * moved)) / (2 * m.h)
+    half = (1 + b) * sigma**2 / (2 * m.h)
+    residuals = residuals - self.spread(half) * m.t + self.spread(half * sigma**2 * total / m.h - a * sigma / m.h) * m.w
+    gradient = np.r_[self.x.T @ residuals, (direct + (1 + b) * width + a * moved).sum()]
+    if self.prior:
+        value, gradient[-1] = value + self.prior * np.log(abs(sigma)), gradient[-1] + self.prior / sigma
+    return value, gradient
