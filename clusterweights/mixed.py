@@ -416,3 +416,166 @@ def _assemble(self: _RandomIntercept, value: float, residuals: np.ndarray, m: _M
     if self.prior:
         value, gradient[-1] = value + self.prior * np.log(abs(sigma)), gradient[-1] + self.prior / sigma
     return value, gradient
+
+# %% ../nbs/04_mixed.ipynb #1e7e5559
+@patch
+def information(self: _RandomIntercept, theta: np.ndarray, nodes: int) -> np.ndarray:
+    "(p + 1, p + 1) minus the second derivatives of the log-likelihood (with the prior)."
+    m, p = self.modes(theta), self.x.shape[1]
+    out, w, wv = np.zeros((p + 1, p + 1)), np.empty(len(m.eta)), np.empty(len(m.eta))
+    for at in self.at_nodes(theta, m, nodes):
+        size = np.abs(at.residuals)
+        weight = size * (1 - size)
+        w[at.rows], wv[at.rows] = at.average(weight), at.average(weight * np.repeat(at.v, np.diff(at.local), axis=0))
+        out[p, p] += (at.share * at.v**2 * cluster_sums(weight, at.local)).sum()
+        scores = np.concatenate([self._scores(at), (at.v * at.sums)[:, :, None]], axis=2)
+        scores -= np.einsum("km,kmp->kp", at.share, scores)[:, None]
+        scores = (np.sqrt(at.share)[:, :, None] * scores).reshape(-1, p + 1)
+        out -= scores.T @ scores
+    out[:p, :p] += (self.x * w[:, None]).T @ self.x
+    cross = self.x.T @ wv
+    out[:p, p] += cross
+    out[p, :p] += cross
+    out[p, p] += self.prior / theta[-1]**2 if self.prior else 0.0
+    return out
+
+
+@patch
+def _scores(self: _RandomIntercept, at: _Nodes) -> np.ndarray:
+    "(k, m, p) derivatives by β in each cluster at each node."
+    out = np.empty((*at.v.shape, self.x.shape[1]))
+    for _, clusters, (_, size) in self.buckets:
+        a, b = max(clusters.start, at.clusters.start), min(clusters.stop, at.clusters.stop)
+        if a < b:
+            rows, place = slice(self.first[a], self.first[b]), slice(a - at.clusters.start, b - at.clusters.start)
+            r = at.residuals[rows.start - at.rows.start:rows.stop - at.rows.start].reshape(b - a, size, -1)
+            out[place] = r.transpose(0, 2, 1) @ self.x[rows].reshape(b - a, size, -1)
+    return out
+
+# %% ../nbs/04_mixed.ipynb #9ddb4077
+_GRADIENT, _MOST_STEPS = 1e-7, 400
+
+
+def _uphill(information: np.ndarray, gradient: np.ndarray) -> np.ndarray:
+    "A Newton step, with negative curvature turned and flat curvature limited."
+    values, vectors = np.linalg.eigh(information)
+    return vectors @ ((vectors.T @ gradient) / np.maximum(np.abs(values), 1e-8 * np.abs(values).max()))
+
+
+def _line_search(value_at, theta: np.ndarray, step: np.ndarray, value: float, gradient: np.ndarray) -> tuple[float, tuple] | None:
+    "The first of the lengths 1, 1/2, 1/4, ... with a sufficient rise, and what `value_at` returned there; None if there is none."
+    length, rise = 1.0, gradient @ step
+    while length > 1e-9:
+        found = value_at(theta + length * step)
+        if found[0] >= value + 1e-4 * length * rise - 1e-13 * abs(value):
+            return length, found
+        length /= 2
+    return None
+
+
+def _within(theta: np.ndarray, step: np.ndarray, scales: np.ndarray, prior: float) -> np.ndarray:
+    "The step, cut so that no standard deviation leaps, or with a prior comes near zero."
+    leap = np.abs(step[scales]) / np.maximum(0.5, 0.5 * np.abs(theta[scales]))
+    step = step / max(1.0, leap.max())
+    if prior:
+        step = step / max(1.0, (-step[scales] / (0.9 * theta[scales])).max())
+    return step
+
+
+def _newton(f: _RandomIntercept, theta: np.ndarray, nodes: int) -> tuple[np.ndarray, int]:
+    "The maximum of `f` near theta by Newton's method, and how many steps it took."
+    value, gradient = f.value(theta, nodes)
+    for steps in range(_MOST_STEPS):
+        if np.abs(gradient).max() < _GRADIENT:
+            break
+        step = _within(theta, _uphill(f.information(theta, 5), gradient), f.scales, f.prior)
+        found = _line_search(lambda at: f.value(at, nodes), theta, step, value, gradient)
+        if found is None:
+            break
+        theta, (value, gradient) = theta + found[0] * step, found[1]
+    return theta, steps
+
+# %% ../nbs/04_mixed.ipynb #3bac6f83
+def _separated_by(x: np.ndarray, z: np.ndarray) -> np.ndarray:
+    "(p,) columns of which some value divides the treated from the untreated (apart from ties at that value)."
+    low, high = (np.stack([pick(x[arm], axis=0) for arm in (z, ~z)]) for pick in (np.min, np.max))
+    return ((high[0] <= low[1]) | (high[1] <= low[0])) & (x.min(axis=0) < x.max(axis=0))
+
+
+def _raise_separated(names: list[str], count: int | None = None) -> None:
+    units = "" if count is None else f", for {counted(count, 'unit')}"
+    raise EstimationError(f"Separation: {'' if len(names) == 1 else 'a combination of '}{listed(names)} predicts treatment with certainty{units}, so that there is no finite estimate. "
+                          "Leave out or merge these, or restrict the data to where both arms are found.")
+
+
+def _without_levels(design: _Design, z: np.ndarray) -> np.ndarray:
+    "(p,) logistic regression without cluster effects; raises `EstimationError` for separation, with the covariates."
+    alone = _separated_by(design.x, z)
+    if alone.any():
+        _raise_separated([design.names[j - 1] for j in np.flatnonzero(alone)[:1]])
+    x, sign, beta = design.x, np.where(z, 1.0, -1.0), np.zeros(design.x.shape[1])
+    def value_at(beta):
+        logs, q = _response(sign * (x @ beta))
+        return logs.sum(), q
+    value, q = value_at(beta)
+    for steps in range(60):
+        gradient = x.T @ (sign * q)
+        step = _uphill((x * (q * (1 - q))[:, None]).T @ x, gradient)
+        gain = sign * (x @ step)
+        if steps >= 12 and gain.max() > 0.1 and gain.min() > -1e-3 * gain.max():
+            size = np.abs(step[1:])
+            directions = [j for j in np.argsort(-size) if size[j] > 0.05 * size.max()]
+            _raise_separated([design.names[j] for j in directions], int((gain > 0.01 * gain.max()).sum()))
+        found = _line_search(value_at, beta, step, value, gradient) if gradient @ step > 1e-10 else None
+        if found is None:
+            break
+        beta, (value, q) = beta + found[0] * step, found[1]
+    return beta
+
+# %% ../nbs/04_mixed.ipynb #af94f9ab
+_SMALL, _PROBE, _DIVERGED = 1e-4, 1e-3, 20.0
+
+
+def _settled(f, theta: np.ndarray, maximise) -> tuple[np.ndarray, int]:
+    "The maximum; standard deviations that went to zero are set to zero if they belong there, and sent away if not. maximise : theta → theta, steps."
+    total = 0
+    for _ in range(4):
+        theta, steps = maximise(theta)
+        total += steps
+        zero = f.scales[np.abs(theta[f.scales]) < _SMALL]
+        if f.prior or not len(zero):
+            break
+        probe = theta.copy()
+        probe[zero] = _PROBE
+        rising = zero[f.value(probe, 1)[1][zero] > 0]
+        theta[zero] = 0.0
+        if not len(rising):
+            break
+        theta[rising] = 0.1
+    return theta, total
+
+
+def _check_finite(theta: np.ndarray, design: _Design, scales: np.ndarray) -> None:
+    "Raise if the estimates have walked off."
+    p = design.x.shape[1]
+    far = np.flatnonzero(np.abs(theta[1:p]) > _DIVERGED)
+    if len(far) or np.abs(theta[scales]).max() > _DIVERGED:
+        named = f"The largest coefficients are those of {listed([design.names[j] for j in far])}. " if len(far) else ""
+        raise EstimationError("The estimates grow without limit: within clusters the covariates, or clusters themselves, predict treatment with certainty. "
+                              f"{named}Use fewer covariates, merge clusters, or fit without random effects.")
+
+# %% ../nbs/04_mixed.ipynb #2a1a8de8
+def _start_sd(data: _Data, beta: np.ndarray) -> float:
+    q = _response(data.sign * (data.x @ beta))[1]
+    residuals, weights = data.sums(data.sign * q), data.sums(q * (1 - q))
+    excess = (residuals**2 - weights).sum() / (weights**2).sum()
+    return float(np.sqrt(np.clip(excess, 0.01, 4.0)))
+
+
+def _maximise_intercept(f: _RandomIntercept, beta: np.ndarray, nodes: int) -> tuple[np.ndarray, int]:
+    "The maximum for a random intercept: by Laplace first, then with all nodes."
+    def maximise(theta):
+        theta, steps = _newton(f, theta, 1)
+        theta, more = _newton(f, theta, nodes) if nodes > 1 else (theta, 0)
+        return theta, steps + more
+    return _settled(f, np.r_[beta, _start_sd(f, beta)], maximise)
