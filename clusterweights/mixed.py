@@ -579,3 +579,121 @@ def _maximise_intercept(f: _RandomIntercept, beta: np.ndarray, nodes: int) -> tu
         theta, more = _newton(f, theta, nodes) if nodes > 1 else (theta, 0)
         return theta, steps + more
     return _settled(f, np.r_[beta, _start_sd(f, beta)], maximise)
+
+# %% ../nbs/04_mixed.ipynb #2a6dd151
+class _RandomCoefficients(_Data):
+    "The log-likelihood as a function of theta = (β, entries of Λ), by Laplace. columns : of x whose coefficients vary. full : whether Λ is triangular, or diagonal."
+
+    def __init__(self, x: np.ndarray, z: np.ndarray, starts: np.ndarray, columns: np.ndarray, full: bool, prior: float = 0.0):
+        super().__init__(x, z, starts)
+        self.s, self.r, self.prior = np.ascontiguousarray(self.x[:, columns]), len(columns), prior
+        self.row, self.column = np.tril_indices(self.r) if full else (np.arange(self.r),) * 2
+        self.diagonal = x.shape[1] + np.flatnonzero(self.row == self.column)
+        self.scales = np.zeros(0, dtype=int) if full else self.diagonal      # those that the likelihood knows only up to sign, one by one
+        self.v = np.zeros((self.k, self.r))
+
+    def factor(self, theta: np.ndarray) -> np.ndarray:
+        "Λ."
+        out = np.zeros((self.r, self.r))
+        out[self.row, self.column] = theta[self.x.shape[1]:]
+        return out
+
+    def modes(self, theta: np.ndarray) -> tuple:
+        "Λ, log-likelihoods given the modes (K,), signed residuals and weights (n,), sums of s·residuals (K, r), G and H (K, r, r)."
+        factor, eta, v = self.factor(theta), self.x @ theta[:self.x.shape[1]], self.v
+        reach = self.s @ factor
+        longest = np.sqrt((reach**2).sum(axis=1).max())
+        for _ in range(_MOST_INNER):
+            logs, q = _response(self.sign * (eta + np.einsum("nr,nr->n", reach, self.spread(v))))
+            w, residuals = q * (1 - q), self.sign * q
+            g = self.products(self.s * w[:, None], self.s)
+            h = np.eye(self.r) + factor.T @ g @ factor
+            sums = self.products(self.s, residuals[:, None])[:, :, 0]
+            step = np.linalg.solve(h, (sums @ factor - v)[:, :, None])[:, :, 0]
+            if np.abs(step).max() < _INNER:
+                break
+            v = v + step / np.maximum(1, longest * np.linalg.norm(step, axis=1) / 4)[:, None]
+        self.v = v
+        return factor, reach, self.sums(logs) - (v**2).sum(axis=1) / 2, residuals, w, sums, g, h
+
+
+@patch
+def value(self: _RandomCoefficients, theta: np.ndarray, nodes: int = 1) -> tuple[float, np.ndarray]:
+    "The log-likelihood (with the prior) and its gradient."
+    factor, reach, logs, residuals, w, sums, g, h = self.modes(theta)
+    inverse = np.linalg.inv(h)
+    value, shrunk = (logs - np.linalg.slogdet(h)[1] / 2).sum(), factor @ inverse
+    spread = np.empty(len(w))
+    for rows, clusters, (k, m) in self.buckets:
+        part = reach[rows].reshape(k, m, -1)
+        spread[rows] = np.einsum("kmr,kmr->km", part @ inverse[clusters], part).ravel()
+    tilt = w * self.sign * (2 * np.abs(residuals) - 1) * spread
+    a = np.einsum("krs,kr->ks", shrunk, self.products(self.s, tilt[:, None])[:, :, 0])
+    error = residuals - (tilt - w * np.einsum("nr,nr->n", reach, self.spread(a))) / 2
+    slope = self.products(self.s, error[:, None])[:, :, 0].T @ self.v - sums.T @ a / 2 - (g @ shrunk).sum(axis=0)
+    gradient = np.r_[self.x.T @ error, slope[self.row, self.column]]
+    if self.prior:
+        value += self.prior * np.log(np.abs(theta[self.diagonal])).sum()
+        gradient[self.diagonal] += self.prior / theta[self.diagonal]
+    return value, gradient
+
+# %% ../nbs/04_mixed.ipynb #a417171a
+@patch
+def expected(self: _RandomCoefficients, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    "Expected information on β (p, p) and on the entries of Λ."
+    factor, _, _, _, w, _, g, h = self.modes(theta)
+    weighted = self.x * w[:, None]
+    inner = factor.T @ self.products(self.s, weighted)
+    beta = weighted.T @ self.x - inner.reshape(-1, inner.shape[2]).T @ np.linalg.solve(h, inner).reshape(-1, inner.shape[2])
+    m = g - g @ factor @ np.linalg.solve(h, factor.T @ g)
+    n = m @ factor
+    def summed(a, b): return (a.reshape(self.k, -1).T @ b.reshape(self.k, -1)).reshape((self.r,) * 4)
+    i, j = (self.row[:, None], self.row[None, :]), (self.column[:, None], self.column[None, :])
+    entries = summed(n, n)[i[0], j[1], i[1], j[0]] + summed(m, factor.T @ n)[i[0], i[1], j[0], j[1]]
+    if self.prior:
+        own = self.diagonal - self.x.shape[1]
+        entries[own, own] += self.prior / theta[self.diagonal] ** 2
+    return beta, entries
+
+
+def _bfgs(inverse: np.ndarray, moved: np.ndarray, change: np.ndarray) -> np.ndarray:
+    "The inverse information after a step `moved` that lowered the gradient by `change`."
+    rise = moved @ change
+    if rise <= 1e-12 * np.linalg.norm(moved) * np.linalg.norm(change):
+        return inverse
+    image = inverse @ change
+    return inverse + (1 + change @ image / rise) / rise * np.outer(moved, moved) - (np.outer(image, moved) + np.outer(moved, image)) / rise
+
+
+def _guess(f: _RandomCoefficients, theta: np.ndarray) -> np.ndarray:
+    "The inverse of expected information, with flat directions of Λ limited."
+    beta, entries = f.expected(theta)
+    values, vectors = np.linalg.eigh(entries)
+    out = np.zeros((len(theta), len(theta)))
+    out[:len(beta), :len(beta)] = np.linalg.inv(beta)
+    out[len(beta):, len(beta):] = (vectors / np.maximum(values, 1e-3 * values.max())) @ vectors.T
+    return out
+
+
+def _maximise_coefficients(f: _RandomCoefficients, beta: np.ndarray) -> tuple[np.ndarray, int]:
+    "The maximum for random coefficients."
+    p = len(beta)
+    def maximise(theta):
+        value, gradient = f.value(theta)
+        for steps in range(_MOST_STEPS):
+            if np.abs(gradient).max() < 10 * _GRADIENT:
+                break
+            inverse = _guess(f, theta) if steps < 7 else inverse
+            step = inverse @ gradient
+            step = step / max(1.0, 2 * np.abs(step[p:]).max())
+            if f.prior:
+                step = step / max(1.0, (-step[f.diagonal] / (0.9 * theta[f.diagonal])).max())
+            found = _line_search(f.value, theta, step, value, gradient)
+            if found is None:
+                break
+            moved, before = found[0] * step, gradient
+            theta, (value, gradient) = theta + moved, found[1]
+            if steps >= 6:
+                inverse = _bfgs(inverse, moved, before - gradient)
+        return theta, steps
+    return _settled(f, np.r_[beta, np.where(f.row == f.column, 0.3, 0.0)], maximise)
