@@ -17,7 +17,7 @@ from .core import EstimationError, InputError, NotConvergedWarning, Table, calle
 from .study import by_size, cluster_sums
 
 # %% auto #0
-__all__ = ['Convergence', 'LinearMixed', 'fit_linear_mixed']
+__all__ = ['Convergence', 'LinearMixed', 'fit_linear_mixed', 'LogisticMixed', 'fit_logistic_mixed']
 
 # %% ../nbs/04_mixed.ipynb #b9ca0306
 @dataclass(frozen=True)
@@ -335,7 +335,8 @@ class _RandomIntercept(_Data):
 
     def __init__(self, x: np.ndarray, z: np.ndarray, starts: np.ndarray, prior: float = 0.0):
         super().__init__(x, z, starts)
-        self.v, self.prior, self.scales = np.zeros(self.k), prior, np.array([x.shape[1]])
+        self.v, self.prior = np.zeros(self.k), prior
+        self.diagonal = self.scales = np.array([x.shape[1]])
 
     def modes(self, theta: np.ndarray) -> _Modes:
         sigma, eta, v = theta[-1], self.x @ theta[:-1], self.v
@@ -473,12 +474,12 @@ def _line_search(value_at, theta: np.ndarray, step: np.ndarray, value: float, gr
     return None
 
 
-def _within(theta: np.ndarray, step: np.ndarray, scales: np.ndarray, prior: float) -> np.ndarray:
-    "The step, cut so that no standard deviation leaps, or with a prior comes near zero."
-    leap = np.abs(step[scales]) / np.maximum(0.5, 0.5 * np.abs(theta[scales]))
-    step = step / max(1.0, leap.max())
-    if prior:
-        step = step / max(1.0, (-step[scales] / (0.9 * theta[scales])).max())
+def _within(f, theta: np.ndarray, step: np.ndarray) -> np.ndarray:
+    "The step, cut so that what comes after β does not leap, and with a prior no standard deviation goes nine tenths of the way to zero."
+    after = slice(f.x.shape[1], None)
+    step = step / max(1.0, (np.abs(step[after]) / np.maximum(0.5, 0.5 * np.abs(theta[after]))).max())
+    if f.prior:
+        step = step / max(1.0, (-step[f.diagonal] / (0.9 * theta[f.diagonal])).max())
     return step
 
 
@@ -488,7 +489,7 @@ def _newton(f: _RandomIntercept, theta: np.ndarray, nodes: int) -> tuple[np.ndar
     for steps in range(_MOST_STEPS):
         if np.abs(gradient).max() < _GRADIENT:
             break
-        step = _within(theta, _uphill(f.information(theta, 5), gradient), f.scales, f.prior)
+        step = _within(f, theta, _uphill(f.information(theta, 5), gradient))
         found = _line_search(lambda at: f.value(at, nodes), theta, step, value, gradient)
         if found is None:
             break
@@ -555,12 +556,12 @@ def _settled(f, theta: np.ndarray, maximise) -> tuple[np.ndarray, int]:
     return theta, total
 
 
-def _check_finite(theta: np.ndarray, design: _Design, scales: np.ndarray) -> None:
+def _check_finite(f, theta: np.ndarray, names: Sequence[str]) -> None:
     "Raise if the estimates have walked off."
-    p = design.x.shape[1]
+    p = f.x.shape[1]
     far = np.flatnonzero(np.abs(theta[1:p]) > _DIVERGED)
-    if len(far) or np.abs(theta[scales]).max() > _DIVERGED:
-        named = f"The largest coefficients are those of {listed([design.names[j] for j in far])}. " if len(far) else ""
+    if len(far) or np.abs(theta[p:]).max() > _DIVERGED:
+        named = f"The largest coefficients are those of {listed([names[j] for j in far])}. " if len(far) else ""
         raise EstimationError("The estimates grow without limit: within clusters the covariates, or clusters themselves, predict treatment with certainty. "
                               f"{named}Use fewer covariates, merge clusters, or fit without random effects.")
 
@@ -677,17 +678,13 @@ def _guess(f: _RandomCoefficients, theta: np.ndarray) -> np.ndarray:
 
 def _maximise_coefficients(f: _RandomCoefficients, beta: np.ndarray) -> tuple[np.ndarray, int]:
     "The maximum for random coefficients."
-    p = len(beta)
     def maximise(theta):
         value, gradient = f.value(theta)
         for steps in range(_MOST_STEPS):
             if np.abs(gradient).max() < 10 * _GRADIENT:
                 break
             inverse = _guess(f, theta) if steps < 7 else inverse
-            step = inverse @ gradient
-            step = step / max(1.0, 2 * np.abs(step[p:]).max())
-            if f.prior:
-                step = step / max(1.0, (-step[f.diagonal] / (0.9 * theta[f.diagonal])).max())
+            step = _within(f, theta, inverse @ gradient)
             found = _line_search(f.value, theta, step, value, gradient)
             if found is None:
                 break
@@ -697,3 +694,227 @@ def _maximise_coefficients(f: _RandomCoefficients, beta: np.ndarray) -> tuple[np
                 inverse = _bfgs(inverse, moved, before - gradient)
         return theta, steps
     return _settled(f, np.r_[beta, np.where(f.row == f.column, 0.3, 0.0)], maximise)
+
+# %% ../nbs/04_mixed.ipynb #5ecd40c4
+def _averaged(eta: np.ndarray, sd: np.ndarray | float) -> np.ndarray:
+    "(n,) averages of expit(eta + sd·v) over v ~ N(0, 1)."
+    grid = np.arange(-8, 8.1, 0.25)
+    weight = np.exp(-(grid**2) / 2)
+    return sum(w * _chance(eta + sd * v) for v, w in zip(grid, weight / weight.sum()))
+
+# %% ../nbs/04_mixed.ipynb #3d1e3f2a
+@dataclass(frozen=True, eq=False)
+class LogisticMixed:
+    """A fitted mixed logistic model with n units, K clusters, p coefficients (the intercept first) and r effects in each cluster.
+
+    names : of the covariates; random : of the effects, "(intercept)" first. Coefficients of covariates are effects on log-odds in the units of the covariate, random ones too; the random intercept is that of a unit at
+    the means of the covariates with random coefficients (`centre`). coef : (p,). cov : (p, p) their covariance, with a random intercept from the observed information, with random coefficients given the covariance of the effects.
+    covariance : (r, r) of the effects. effects : (K, r) modes, and effect_variances : (K, r) given the estimates. fitted : (n,) chances in the unit's own cluster; averaged : (n,) chances averaged
+    over clusters. loglik : without the prior. nodes : of the quadrature, 1 for Laplace. off_boundary : whether the prior was used. boundary : whether a variance is zero or the covariance lacks full rank.
+    one_arm : how many clusters have treated or untreated units only; singletons : how many have one unit."""
+    names: tuple[str, ...]
+    random: tuple[str, ...]
+    coef: np.ndarray
+    cov: np.ndarray = field(repr=False)
+    covariance: np.ndarray
+    effects: np.ndarray = field(repr=False)
+    effect_variances: np.ndarray = field(repr=False)
+    fitted: np.ndarray = field(repr=False)
+    averaged: np.ndarray = field(repr=False)
+    loglik: float
+    nodes: int
+    off_boundary: bool
+    boundary: bool
+    one_arm: int
+    singletons: int
+    centre: np.ndarray = field(repr=False)
+    convergence: Convergence
+
+    @property
+    def std_error(self) -> np.ndarray: return np.sqrt(np.diag(self.cov))
+
+    @property
+    def sd(self) -> np.ndarray:
+        "(r,) standard deviations of the effects."
+        return np.sqrt(np.diag(self.covariance))
+
+    def predict(self, x, cluster=None) -> np.ndarray:
+        """(m,) chances for (m, d) covariates. cluster : (m,) numbers of clusters in the fit, whose modes are used; -1 for others, over which the chance is averaged (default: all)."""
+        x = _numbers(x, "x", (-1, len(self.names)))
+        cluster = _locate(cluster, len(x), len(self.effects))
+        eta = self.coef[0] + x @ self.coef[1:]
+        s = np.column_stack([np.ones(len(x)), x[:, [self.names.index(name) for name in self.random[1:]]] - self.centre])
+        own = eta + np.einsum("nr,nr->n", s, self.effects[cluster])
+        return np.where(cluster >= 0, _chance(own), _averaged(eta, np.sqrt(np.einsum("nr,rq,nq->n", s, self.covariance, s))))
+
+    def summary(self) -> Table:
+        "The coefficients as a `Table`, what concerns clusters in its notes."
+        k, spreads = len(self.effects), ", ".join(f"{name} {sd:.4g}" for name, sd in zip(self.random, self.sd))
+        return _coefficient_table("Mixed logistic model", self.names, self.coef, self.std_error, [
+            f"{counted(len(self.fitted), 'unit')} in {counted(k, 'cluster')}, {self.one_arm:,} of them with one arm only, {self.singletons:,} of one unit.",
+            f"Standard deviations of effects: {spreads}.", self._boundary_note(),
+            f"Log-likelihood {self.loglik:.3f} by {'Laplace' if self.nodes == 1 else f'quadrature with {self.nodes} nodes'}"
+            f"{', a prior keeping variances off zero' if self.off_boundary else ''}; {self.convergence}."])
+
+    def _boundary_note(self) -> str:
+        zero = [name for name, sd in zip(self.random, self.sd) if sd == 0]
+        if not self.boundary:
+            return ""
+        return (f"Estimated as exactly zero (boundary): the standard deviation of {listed(zero)}." if zero else
+                "The covariance matrix of the effects lacks full rank (boundary): some combinations do not vary between clusters.")
+
+    def __repr__(self) -> str: return str(self.summary())
+
+    def _repr_html_(self) -> str: return self.summary()._repr_html_()
+
+# %% ../nbs/04_mixed.ipynb #965fc4d9
+def _curvature(information: np.ndarray) -> float:
+    "The smallest eigenvalue after scaling to a unit diagonal; negative if the diagonal is not positive."
+    diagonal = np.diag(information)
+    if (diagonal <= 0).any():
+        return float(diagonal.min())
+    scale = 1 / np.sqrt(diagonal)
+    return float(np.linalg.eigvalsh(scale[:, None] * information * scale).min())
+
+
+@patch
+def information(self: _RandomCoefficients, theta: np.ndarray) -> np.ndarray:
+    "Minus the second derivatives of the log-likelihood (with the prior); expected ones for β."
+    p, step = self.x.shape[1], 1e-5
+    beta, gradient, out = self.expected(theta)[0], self.value(theta)[1], np.empty((len(theta), len(theta)))
+    for j in range(p, len(theta)):
+        moved = theta.copy()
+        moved[j] += step
+        out[:, j] = out[j] = (gradient - self.value(moved)[1]) / step
+    out[:p, :p] = beta
+    corner = out[p:, p:]
+    out[p:, p:] = (corner + corner.T) / 2
+    return out
+
+# %% ../nbs/04_mixed.ipynb #90307869
+def _checked_arms(z, starts: np.ndarray) -> np.ndarray:
+    "(n,) bool treatment; raises if it cannot be modelled."
+    values = _numbers(z, "z", (starts[-1],))
+    if not np.isin(values, (0, 1)).all():
+        raise InputError(f"z must hold 0 and 1 only; {counted(int((~np.isin(values, (0, 1))).sum()), 'value')} are something else.")
+    z, share = values == 1, cluster_sums(values, starts) / np.diff(starts)
+    if z.all() or not z.any():
+        raise EstimationError(f"z is {int(z[0])} for everybody: there is nothing to be modelled.")
+    if np.isin(share, (0, 1)).all():
+        raise EstimationError("No cluster has both treated and untreated units: cluster effects would predict treatment with certainty. For treatment of whole clusters, model the clusters.")
+    return z
+
+
+def _random_columns(slopes, nodes: int | None, covariance: str | None, names: Sequence[str]) -> tuple[np.ndarray, int, bool]:
+    "Columns of the design with random coefficients, number of nodes, whether the covariance is full."
+    if nodes is not None and (isinstance(nodes, bool) or not isinstance(nodes, (int, np.integer)) or not 1 <= nodes <= 200):
+        raise InputError(f"nodes={nodes!r} must be an integer from 1 to 200.")
+    if slopes is None:
+        if covariance is not None:
+            raise InputError("covariance= is about several effects in each cluster: give slopes= too, or leave it out.")
+        return np.array([0]), 25 if nodes is None else int(nodes), False
+    if nodes not in (None, 1):
+        raise InputError(f"nodes={nodes}: random coefficients are integrated by Laplace's approximation alone; leave nodes= out.")
+    if covariance not in (None, "diagonal", "full"):
+        raise InputError(f"Unknown covariance {covariance!r}." + nearest(covariance, ["diagonal", "full"]))
+    slopes = [slopes] if isinstance(slopes, (str, int, np.integer)) else list(slopes)
+    known = {name: j for j, name in enumerate(names)} | {j: j for j in range(len(names))}
+    for slope in slopes:
+        if slope not in known:
+            raise InputError(f"slopes: there is no column {slope!r}." + nearest(slope, names))
+    columns = [known[slope] for slope in slopes]
+    if not columns or len(set(columns)) < len(columns):
+        raise InputError("slopes must name at least one column, and each once.")
+    return np.r_[0, np.array(columns) + 1], 1, covariance == "full"
+
+# %% ../nbs/04_mixed.ipynb #536136ec
+def fit_logistic_mixed(x, z, starts, *, slopes=None, nodes: int | None = None, covariance: str | None = None, off_boundary: bool = False,
+                       names: Sequence[str] | None = None) -> LogisticMixed:
+    """Logistic model with random intercepts, or with random intercepts and coefficients, by maximum likelihood.
+
+    x : (n, d) covariates without intercept (it is added), z : (n,) 0/1 treatment, sorted by cluster. starts : (K + 1,), cluster g is rows starts[g] to starts[g + 1] − 1, none empty. slopes : columns of x (names or
+    numbers) whose coefficients vary between clusters (default: none). nodes : of adaptive Gauss–Hermite quadrature, 1 for Laplace's approximation; 25 by default, and 1 with `slopes`, where nothing else is possible.
+    covariance : of intercept and coefficients, "diagonal" (default) or "full"; a diagonal one holds at the means of the covariates in `slopes`. off_boundary : add the logarithms of the diagonal of the
+    covariance's Cholesky factor to the log-likelihood, which keeps variances above zero (Chung et al., 2013). names : of the columns of x.
+
+    Raises `InputError` for missing values, constant or collinear columns; `EstimationError` for separation, with the covariates, for clusters with one arm only throughout, and for too few clusters. Warns
+    `NotConvergedWarning` if the search ended elsewhere than at a maximum. Sources: Pinheiro & Bates (1995) for the quadrature, Louis (1982) for standard errors."""
+    starts = _checked_starts(starts)
+    z = _checked_arms(z, starts)
+    with one_thread():
+        design = _design(x, starts, names)
+        columns, nodes, full = _random_columns(slopes, nodes, covariance, design.names)
+        _check_counts(design.x, starts, columns, full)
+        beta, prior = _without_levels(design, z), float(off_boundary)
+        if slopes is None:
+            model = _RandomIntercept(design.x, z, starts, prior)
+            theta, steps = _maximise_intercept(model, beta, nodes)
+        else:
+            model = _RandomCoefficients(design.x, z, starts, columns, full, prior)
+            theta, steps = _maximise_coefficients(model, beta)
+        _check_finite(model, theta, design.names)
+        fit = _logistic_result(model, design, theta, columns, nodes, steps)
+    if not fit.convergence.ok:
+        warnings.warn(NotConvergedWarning(f"The fit has {fit.convergence}. Try off_boundary=True, fewer slopes, or covariance=\"diagonal\"."), stacklevel=caller_depth())
+    return fit
+
+
+def _check_counts(x: np.ndarray, starts: np.ndarray, columns: np.ndarray, full: bool) -> None:
+    (n, p), k, r = x.shape, len(starts) - 1, len(columns)
+    entries = r * (r + 1) // 2 if full else r
+    if n <= p + entries:
+        raise EstimationError(f"{counted(n, 'unit')} are too few for {counted(p + entries, 'parameter')}.")
+    if r > 1 and k <= entries:
+        raise EstimationError(f"{counted(k, 'cluster')} are too few for the {entries} variances and covariances of effects: "
+                              "name fewer slopes" + (", or use covariance=\"diagonal\"." if full else "."))
+
+# %% ../nbs/04_mixed.ipynb #d47285f4
+def _logistic_result(f, design: _Design, theta: np.ndarray, columns: np.ndarray, nodes: int, steps: int) -> LogisticMixed:
+    value, gradient = f.value(theta, nodes)
+    free = np.setdiff1d(np.arange(len(theta)), f.scales[theta[f.scales] == 0])
+    if f.prior:
+        value -= f.prior * np.log(np.abs(theta[f.diagonal])).sum()
+    effects, variances, factor, deviations, information, cov = f.describe(theta, nodes, free)
+    unit = np.r_[1.0, 1 / design.sd[columns[1:] - 1]]
+    eta, covariance = f.x @ theta[:f.x.shape[1]], unit[:, None] * (factor @ factor.T) * unit
+    eigenvalues = np.linalg.eigvalsh(factor @ factor.T)
+    def by_row(values): return _put(values, f.units)
+    def by_cluster(values): return _put(values, f.order)
+    treated = f.sums((f.sign > 0).astype(int))
+    return LogisticMixed(
+        design.names, ("(intercept)", *(design.names[j - 1] for j in columns[1:])), design.back @ theta[:f.x.shape[1]], design.back @ cov @ design.back.T,
+        covariance, by_cluster(effects * unit), by_cluster(variances * unit**2), by_row(_chance(eta + f.spread_effects(effects))), by_row(_averaged(eta, deviations)),
+        float(value), nodes, bool(f.prior), bool(eigenvalues[0] <= 1e-7 * max(eigenvalues[-1], 1e-300)), int(((treated == 0) | (treated == f.sizes)).sum()),
+        int((f.sizes == 1).sum()), design.mean[columns[1:] - 1], Convergence(float(np.abs(gradient[free]).max()), _curvature(information[np.ix_(free, free)]), steps))
+
+
+def _put(values: np.ndarray, place: np.ndarray) -> np.ndarray:
+    out = np.empty_like(values)
+    out[place] = values
+    return out
+
+
+@patch
+def describe(self: _RandomIntercept, theta: np.ndarray, nodes: int, free: np.ndarray) -> tuple:
+    "Modes and variances of the effects (K, 1), Λ (1, 1), standard deviation, information, covariance of β; all for standardised columns."
+    m, sigma, p = self.modes(theta), abs(theta[-1]), self.x.shape[1]
+    information = self.information(theta, max(nodes, 25))
+    cov = np.linalg.inv(information[np.ix_(free, free)])[:p, :p]
+    return (theta[-1] * m.v)[:, None], (sigma**2 / m.h)[:, None], np.array([[sigma]]), sigma, information, cov
+
+
+@patch
+def spread_effects(self: _RandomIntercept, effects: np.ndarray) -> np.ndarray: return self.spread(effects[:, 0])
+
+
+@patch
+def describe(self: _RandomCoefficients, theta: np.ndarray, nodes: int, free: np.ndarray) -> tuple:
+    "As for a random intercept, with r effects; the standard deviations (n,) are those of log-odds."
+    information = self.information(theta)
+    factor, reach, _, _, _, _, _, h = self.modes(theta)
+    variances = np.diagonal(factor @ np.linalg.inv(h) @ factor.T, axis1=1, axis2=2)
+    return self.v @ factor.T, variances, factor, np.sqrt((reach**2).sum(axis=1)), information, np.linalg.inv(information[:self.x.shape[1], :self.x.shape[1]])
+
+
+@patch
+def spread_effects(self: _RandomCoefficients, effects: np.ndarray) -> np.ndarray: return np.einsum("nr,nr->n", self.s, self.spread(effects))
