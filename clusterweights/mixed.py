@@ -457,10 +457,14 @@ def _scores(self: _RandomIntercept, at: _Nodes) -> np.ndarray:
 _GRADIENT, _MOST_STEPS = 1e-7, 400
 
 
-def _uphill(information: np.ndarray, gradient: np.ndarray) -> np.ndarray:
-    "A Newton step, with negative curvature turned and flat curvature limited."
+def _inverse(information: np.ndarray) -> np.ndarray:
+    "The inverse, with negative curvature turned and flat curvature limited."
     values, vectors = np.linalg.eigh(information)
-    return vectors @ ((vectors.T @ gradient) / np.maximum(np.abs(values), 1e-8 * np.abs(values).max()))
+    return (vectors / np.maximum(np.abs(values), 1e-8 * np.abs(values).max())) @ vectors.T
+
+
+@patch
+def guess(self: _RandomIntercept, theta: np.ndarray) -> np.ndarray: return _inverse(self.information(theta, 5))
 
 
 def _line_search(value_at, theta: np.ndarray, step: np.ndarray, value: float, gradient: np.ndarray) -> tuple[float, tuple] | None:
@@ -483,17 +487,30 @@ def _within(f, theta: np.ndarray, step: np.ndarray) -> np.ndarray:
     return step
 
 
-def _newton(f: _RandomIntercept, theta: np.ndarray, nodes: int) -> tuple[np.ndarray, int]:
-    "The maximum of `f` near theta by Newton's method, and how many steps it took."
+def _bfgs(inverse: np.ndarray, moved: np.ndarray, change: np.ndarray) -> np.ndarray:
+    "The inverse information after a step `moved` that lowered the gradient by `change`."
+    rise = moved @ change
+    if rise <= 1e-12 * np.linalg.norm(moved) * np.linalg.norm(change):
+        return inverse
+    image = inverse @ change
+    return inverse + (1 + change @ image / rise) / rise * np.outer(moved, moved) - (np.outer(image, moved) + np.outer(moved, image)) / rise
+
+
+def _ascend(f, theta: np.ndarray, nodes: int, tolerance: float) -> tuple[np.ndarray, int]:
+    "The maximum of `f` near theta, to a gradient of at most `tolerance`, and how many steps it took; or where the search walked off."
     value, gradient = f.value(theta, nodes)
     for steps in range(_MOST_STEPS):
-        if np.abs(gradient).max() < _GRADIENT:
+        if np.abs(gradient).max() < tolerance or np.abs(theta[f.x.shape[1]:]).max() > _DIVERGED:
             break
-        step = _within(f, theta, _uphill(f.information(theta, 5), gradient))
+        inverse = f.guess(theta) if steps < 7 else inverse
+        step = _within(f, theta, inverse @ gradient)
         found = _line_search(lambda at: f.value(at, nodes), theta, step, value, gradient)
         if found is None:
             break
-        theta, (value, gradient) = theta + found[0] * step, found[1]
+        moved, before = found[0] * step, gradient
+        theta, (value, gradient) = theta + moved, found[1]
+        if steps >= 6:
+            inverse = _bfgs(inverse, moved, before - gradient)
     return theta, steps
 
 # %% ../nbs/04_mixed.ipynb #3bac6f83
@@ -521,13 +538,15 @@ def _without_levels(design: _Design, z: np.ndarray) -> np.ndarray:
     value, q = value_at(beta)
     for steps in range(60):
         gradient = x.T @ (sign * q)
-        step = _uphill((x * (q * (1 - q))[:, None]).T @ x, gradient)
+        step = _inverse((x * (q * (1 - q))[:, None]).T @ x) @ gradient
         gain = sign * (x @ step)
-        if steps >= 12 and gain.max() > 0.1 and gain.min() > -1e-3 * gain.max():
+        if gradient @ step <= 1e-10:
+            break
+        if steps >= 12 and gain.max() > 0.5 and gain.min() > -0.01:
             size = np.abs(step[1:])
             directions = [j for j in np.argsort(-size) if size[j] > 0.05 * size.max()]
-            _raise_separated([design.names[j] for j in directions], int((gain > 0.01 * gain.max()).sum()))
-        found = _line_search(value_at, beta, step, value, gradient) if gradient @ step > 1e-10 else None
+            _raise_separated([design.names[j] for j in directions], int((gain > 0.5).sum()))
+        found = _line_search(value_at, beta, step, value, gradient)
         if found is None:
             break
         beta, (value, q) = beta + found[0] * step, found[1]
@@ -556,12 +575,15 @@ def _settled(f, theta: np.ndarray, maximise) -> tuple[np.ndarray, int]:
     return theta, total
 
 
-def _check_finite(f, theta: np.ndarray, names: Sequence[str]) -> None:
-    "Raise if the estimates have walked off."
+def _check_finite(f, theta: np.ndarray, information: np.ndarray, free: np.ndarray, names: Sequence[str]) -> None:
+    "Raise if the estimates have walked off. free : the parameters that are not at zero."
     p = f.x.shape[1]
-    far = np.flatnonzero(np.abs(theta[1:p]) > _DIVERGED)
+    values, vectors = np.linalg.eigh(information[np.ix_(free, free)])
+    errors = np.sqrt((vectors**2 / np.maximum(values, 1e-300)).sum(axis=1))[:p]
+    far = np.flatnonzero((np.abs(theta[1:p]) > 5) & (errors[1:] > 20 * np.abs(theta[1:p])))
     if len(far) or np.abs(theta[p:]).max() > _DIVERGED:
-        named = f"The largest coefficients are those of {listed([names[j] for j in far])}. " if len(far) else ""
+        far = far if len(far) else np.flatnonzero(np.abs(theta[1:p]) > _DIVERGED)
+        named = f"The coefficients concerned are those of {listed([names[j] for j in far])}. " if len(far) else ""
         raise EstimationError("The estimates grow without limit: within clusters the covariates, or clusters themselves, predict treatment with certainty. "
                               f"{named}Use fewer covariates, merge clusters, or fit without random effects.")
 
@@ -576,8 +598,8 @@ def _start_sd(data: _Data, beta: np.ndarray) -> float:
 def _maximise_intercept(f: _RandomIntercept, beta: np.ndarray, nodes: int) -> tuple[np.ndarray, int]:
     "The maximum for a random intercept: by Laplace first, then with all nodes."
     def maximise(theta):
-        theta, steps = _newton(f, theta, 1)
-        theta, more = _newton(f, theta, nodes) if nodes > 1 else (theta, 0)
+        theta, steps = _ascend(f, theta, 1, _GRADIENT if nodes == 1 else 1e-2)
+        theta, more = _ascend(f, theta, nodes, _GRADIENT) if nodes > 1 else (theta, 0)
         return theta, steps + more
     return _settled(f, np.r_[beta, _start_sd(f, beta)], maximise)
 
@@ -657,18 +679,10 @@ def expected(self: _RandomCoefficients, theta: np.ndarray) -> tuple[np.ndarray, 
     return beta, entries
 
 
-def _bfgs(inverse: np.ndarray, moved: np.ndarray, change: np.ndarray) -> np.ndarray:
-    "The inverse information after a step `moved` that lowered the gradient by `change`."
-    rise = moved @ change
-    if rise <= 1e-12 * np.linalg.norm(moved) * np.linalg.norm(change):
-        return inverse
-    image = inverse @ change
-    return inverse + (1 + change @ image / rise) / rise * np.outer(moved, moved) - (np.outer(image, moved) + np.outer(moved, image)) / rise
-
-
-def _guess(f: _RandomCoefficients, theta: np.ndarray) -> np.ndarray:
+@patch
+def guess(self: _RandomCoefficients, theta: np.ndarray) -> np.ndarray:
     "The inverse of expected information, with flat directions of Λ limited."
-    beta, entries = f.expected(theta)
+    beta, entries = self.expected(theta)
     values, vectors = np.linalg.eigh(entries)
     out = np.zeros((len(theta), len(theta)))
     out[:len(beta), :len(beta)] = np.linalg.inv(beta)
@@ -678,22 +692,7 @@ def _guess(f: _RandomCoefficients, theta: np.ndarray) -> np.ndarray:
 
 def _maximise_coefficients(f: _RandomCoefficients, beta: np.ndarray) -> tuple[np.ndarray, int]:
     "The maximum for random coefficients."
-    def maximise(theta):
-        value, gradient = f.value(theta)
-        for steps in range(_MOST_STEPS):
-            if np.abs(gradient).max() < 10 * _GRADIENT:
-                break
-            inverse = _guess(f, theta) if steps < 7 else inverse
-            step = _within(f, theta, inverse @ gradient)
-            found = _line_search(f.value, theta, step, value, gradient)
-            if found is None:
-                break
-            moved, before = found[0] * step, gradient
-            theta, (value, gradient) = theta + moved, found[1]
-            if steps >= 6:
-                inverse = _bfgs(inverse, moved, before - gradient)
-        return theta, steps
-    return _settled(f, np.r_[beta, np.where(f.row == f.column, 0.3, 0.0)], maximise)
+    return _settled(f, np.r_[beta, np.where(f.row == f.column, 0.3, 0.0)], lambda theta: _ascend(f, theta, 1, 10 * _GRADIENT))
 
 # %% ../nbs/04_mixed.ipynb #5ecd40c4
 def _averaged(eta: np.ndarray, sd: np.ndarray | float) -> np.ndarray:
@@ -778,7 +777,7 @@ def _curvature(information: np.ndarray) -> float:
 
 
 @patch
-def information(self: _RandomCoefficients, theta: np.ndarray) -> np.ndarray:
+def information(self: _RandomCoefficients, theta: np.ndarray, nodes: int = 1) -> np.ndarray:
     "Minus the second derivatives of the log-likelihood (with the prior); expected ones for β."
     p, step = self.x.shape[1], 1e-5
     beta, gradient, out = self.expected(theta)[0], self.value(theta)[1], np.empty((len(theta), len(theta)))
@@ -852,7 +851,6 @@ def fit_logistic_mixed(x, z, starts, *, slopes=None, nodes: int | None = None, c
         else:
             model = _RandomCoefficients(design.x, z, starts, columns, full, prior)
             theta, steps = _maximise_coefficients(model, beta)
-        _check_finite(model, theta, design.names)
         fit = _logistic_result(model, design, theta, columns, nodes, steps)
     if not fit.convergence.ok:
         warnings.warn(NotConvergedWarning(f"The fit has {fit.convergence}. Try off_boundary=True, fewer slopes, or covariance=\"diagonal\"."), stacklevel=caller_depth())
@@ -874,7 +872,9 @@ def _logistic_result(f, design: _Design, theta: np.ndarray, columns: np.ndarray,
     free = np.setdiff1d(np.arange(len(theta)), f.scales[theta[f.scales] == 0])
     if f.prior:
         value -= f.prior * np.log(np.abs(theta[f.diagonal])).sum()
-    effects, variances, factor, deviations, information, cov = f.describe(theta, nodes, free)
+    information = f.information(theta, max(nodes, 25))
+    _check_finite(f, theta, information, free, design.names)
+    effects, variances, factor, deviations, cov = f.describe(theta, information[np.ix_(free, free)])
     unit = np.r_[1.0, 1 / design.sd[columns[1:] - 1]]
     eta, covariance = f.x @ theta[:f.x.shape[1]], unit[:, None] * (factor @ factor.T) * unit
     eigenvalues = np.linalg.eigvalsh(factor @ factor.T)
@@ -895,12 +895,10 @@ def _put(values: np.ndarray, place: np.ndarray) -> np.ndarray:
 
 
 @patch
-def describe(self: _RandomIntercept, theta: np.ndarray, nodes: int, free: np.ndarray) -> tuple:
-    "Modes and variances of the effects (K, 1), Λ (1, 1), standard deviation, information, covariance of β; all for standardised columns."
+def describe(self: _RandomIntercept, theta: np.ndarray, information: np.ndarray) -> tuple:
+    "Modes and variances of the effects (K, 1), Λ (1, 1), standard deviation of log-odds, covariance of β; all for standardised columns."
     m, sigma, p = self.modes(theta), abs(theta[-1]), self.x.shape[1]
-    information = self.information(theta, max(nodes, 25))
-    cov = np.linalg.inv(information[np.ix_(free, free)])[:p, :p]
-    return (theta[-1] * m.v)[:, None], (sigma**2 / m.h)[:, None], np.array([[sigma]]), sigma, information, cov
+    return (theta[-1] * m.v)[:, None], (sigma**2 / m.h)[:, None], np.array([[sigma]]), sigma, np.linalg.inv(information)[:p, :p]
 
 
 @patch
@@ -908,12 +906,12 @@ def spread_effects(self: _RandomIntercept, effects: np.ndarray) -> np.ndarray: r
 
 
 @patch
-def describe(self: _RandomCoefficients, theta: np.ndarray, nodes: int, free: np.ndarray) -> tuple:
-    "As for a random intercept, with r effects; the standard deviations (n,) are those of log-odds."
-    information = self.information(theta)
+def describe(self: _RandomCoefficients, theta: np.ndarray, information: np.ndarray) -> tuple:
+    "As for a random intercept, with r effects, and (n,) standard deviations of log-odds."
     factor, reach, _, _, _, _, _, h = self.modes(theta)
     variances = np.diagonal(factor @ np.linalg.inv(h) @ factor.T, axis1=1, axis2=2)
-    return self.v @ factor.T, variances, factor, np.sqrt((reach**2).sum(axis=1)), information, np.linalg.inv(information[:self.x.shape[1], :self.x.shape[1]])
+    p = self.x.shape[1]
+    return self.v @ factor.T, variances, factor, np.sqrt((reach**2).sum(axis=1)), np.linalg.inv(information[:p, :p])
 
 
 @patch
