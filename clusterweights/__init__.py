@@ -5,7 +5,7 @@ __version__ = "0.1.0"
 from clusterweights.balancing import balancing_weights
 from clusterweights.comparison import Comparison, compare
 from clusterweights.core import (ClusterWeightsError, ClusterWeightsWarning, DroppedUnitsWarning, EstimationError,
-                                 FewClustersWarning, InfeasibleError, InputError, OverlapWarning, SolverError)
+                                 FewClustersWarning, InfeasibleError, InputError, NotConvergedWarning, OverlapWarning, SolverError)
 from clusterweights.framework import Balance, Decomposition, balance_of, decompose, plot_overlap, worst_case
 from clusterweights.hierarchical import hierarchical_weights
 from clusterweights.inference import Estimate
@@ -14,5 +14,5 @@ from clusterweights.study import Study
 from clusterweights.weights import Feasibility, Weights, feasibility, unadjusted_weights
 
 __all__ = ["Balance", "ClusterWeightsError", "ClusterWeightsWarning", "Comparison", "Decomposition", "DroppedUnitsWarning", "Estimate", "EstimationError",
-           "Feasibility", "FewClustersWarning", "InfeasibleError", "InputError", "OutcomeModel", "OverlapWarning", "SolverError", "Study", "Weights", "balance_of", "balancing_weights",
+           "Feasibility", "FewClustersWarning", "InfeasibleError", "InputError", "NotConvergedWarning", "OutcomeModel", "OverlapWarning", "SolverError", "Study", "Weights", "balance_of", "balancing_weights",
            "compare", "decompose", "feasibility", "hierarchical_weights", "plot_overlap", "unadjusted_weights", "worst_case"]

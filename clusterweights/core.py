@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import html
 import inspect
 import os
@@ -21,9 +22,9 @@ import pandas as pd
 
 # %% auto #0
 __all__ = ['TOLERANCES', 'ClusterWeightsError', 'InputError', 'EstimationError', 'SolverError', 'InfeasibleError',
-           'ClusterWeightsWarning', 'DroppedUnitsWarning', 'OverlapWarning', 'FewClustersWarning', 'shown', 'listed',
-           'nearest', 'counted', 'decimals', 'expect_error', 'caller_depth', 'expect_warning', 'Certificate', 'Table',
-           'interval_plot', 'check_output', 'write_file']
+           'ClusterWeightsWarning', 'DroppedUnitsWarning', 'OverlapWarning', 'FewClustersWarning',
+           'NotConvergedWarning', 'shown', 'listed', 'nearest', 'counted', 'decimals', 'expect_error', 'caller_depth',
+           'expect_warning', 'Certificate', 'Table', 'interval_plot', 'one_thread', 'check_output', 'write_file']
 
 # %% ../nbs/00_core.ipynb #d2c968e0
 class ClusterWeightsError(Exception):
@@ -74,6 +75,10 @@ class OverlapWarning(ClusterWeightsWarning):
 
 class FewClustersWarning(ClusterWeightsWarning):
     "A standard error that counts clusters rests on very few of them."
+
+
+class NotConvergedWarning(ClusterWeightsWarning):
+    "An iteration stopped short of its tolerance: the result is close to the optimum at best."
 
 # %% ../nbs/00_core.ipynb #a72543e7
 def shown(value) -> str:
@@ -227,6 +232,19 @@ def interval_plot(labels: Sequence[str], point, low=None, high=None, *, ax=None,
     ax.set_ylim(len(labels) - 0.4, -0.6)
     ax.spines[["top", "right"]].set_visible(False)
     return ax
+
+# %% ../nbs/00_core.ipynb #5a9d46ff
+@functools.cache
+def _threads():
+    "The handle on the threads of the linear algebra libraries; looking for them takes a while."
+    import scipy.linalg                                 # brings a library of its own, which has to be there to be found
+    from threadpoolctl import ThreadpoolController
+    return ThreadpoolController()
+
+
+def one_thread():
+    "A context in which linear algebra runs on one thread."
+    return _threads().limit(limits=1, user_api="blas")
 
 # %% ../nbs/00_core.ipynb #d1a61ad3
 def check_output(path: str | os.PathLike, endings: Sequence[str] = ()) -> Path:

@@ -5,14 +5,15 @@
 # %% ../nbs/06_structured.ipynb #2d84b488
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from fastcore.basics import patch
 
+from .core import one_thread
 from .qp import BlockSums, Problem
+from .study import by_size
 
 # %% auto #0
 __all__ = ['Arrow', 'flatten', 'unflatten', 'row_sums', 'index', 'reweigh', 'diagonal', 'eliminate', 'newton_step', 'line_search',
@@ -47,22 +48,12 @@ class Arrow:
         starts = local[0].starts if local else np.array([0, n])
         if not all(np.array_equal(s.starts, starts) for s in local):
             raise NotImplementedError("sums over different partitions")
-        self._sort(starts, n)
+        self.order, self.first, self.units, self.buckets = by_size(starts)
         self._place_local(local, n)
         self._place_whole(whole)
         m = self.x.shape[1]
         self.products, self.inverse, self.reach = (np.zeros((self.k, *size)) for size in ((m, m), (self.r, self.r), (self.r, self.q)))
         self.stale = np.ones(self.k, dtype=bool)
-
-    def _sort(self, starts: np.ndarray, n: int) -> None:
-        "Order of clusters by size, where each unit comes from, and the buckets of clusters of one size: units, clusters, (how many, size)."
-        sizes = np.diff(starts)
-        self.order = np.argsort(sizes, kind="stable")
-        sizes = sizes[self.order]
-        self.first = np.r_[0, np.cumsum(sizes)]
-        self.units = np.repeat(starts[:-1][self.order] - self.first[:-1], sizes) + np.arange(n)
-        cut = np.r_[0, np.flatnonzero(np.diff(sizes)) + 1, len(sizes)]
-        self.buckets = [(slice(self.first[a], self.first[b]), slice(a, b), (b - a, int(sizes[a]))) for a, b in zip(cut[:-1], cut[1:])]
 
     def _place_local(self, local: Sequence[BlockSums], n: int) -> None:
         "The (n, m) different columns that local rows sum, and for each local row its column and its scale in each cluster."
@@ -311,14 +302,6 @@ class Newton:
         "(n,) 1/r for units strictly within their bounds, 0 for others."
         return np.where((z > self.lower) & (z < self.upper), 1 / self.ridge, 0.0)
 
-# %% ../nbs/06_structured.ipynb #9a976571
-@functools.cache
-def _threads():
-    "The handle on the threads of the linear algebra libraries; looking for them takes a while."
-    import scipy.linalg                                 # brings a library of its own, which has to be there to be found
-    from threadpoolctl import ThreadpoolController
-    return ThreadpoolController()
-
 # %% ../nbs/06_structured.ipynb #62ac19b6
 @patch
 def slope(self: Newton, y: np.ndarray, z: np.ndarray, step: np.ndarray, dz: np.ndarray, soft: np.ndarray, width: float) -> Callable:
@@ -337,7 +320,7 @@ def slope(self: Newton, y: np.ndarray, z: np.ndarray, step: np.ndarray, dz: np.n
 @patch
 def run(self: Newton, lam: float = 1.0, start: Sequence[np.ndarray] | None = None) -> NewtonResult:
     "Maximise the dual with every ridge multiplied by `lam`, from `start` (`duals` of another result; default: 0), and refine the weights."
-    with _threads().limit(limits=1, user_api="blas"):
+    with one_thread():
         return self._ascend(lam, start)
 
 

@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from .core import ClusterWeightsWarning, DroppedUnitsWarning, InputError, Table, caller_depth, counted, listed, nearest, shown
 
 # %% auto #0
-__all__ = ['cluster_sums', 'Study', 'numbers_by_name', 'variance_components', 'Description']
+__all__ = ['cluster_sums', 'by_size', 'Study', 'numbers_by_name', 'variance_components', 'Description']
 
 # %% ../nbs/01_study.ipynb #5783daaf
 _TOO_LARGE = 1e100    # squares of larger values overflow
@@ -199,6 +199,19 @@ def cluster_sums(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
     `values`: (n,) or (n, d), sorted by cluster. `starts`: (K + 1,), cluster g is rows starts[g] to starts[g + 1] − 1,
     none empty. Returns (K,) or (K, d)."""
     return np.add.reduceat(values, starts[:-1], axis=0)
+
+# %% ../nbs/01_study.ipynb #34d0ad8b
+def by_size(starts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, list]:
+    """Clusters in order of size, so that those of one size form a stack of equal blocks.
+
+    Returns `order` (K,): which cluster comes first, second, ...; `first` (K + 1,): where each begins in the new order; `units` (n,): the old row of each
+    new one; and for each size (rows, clusters, (how many, size)), the first two as slices."""
+    order = np.argsort(np.diff(starts), kind="stable")
+    sizes = np.diff(starts)[order]
+    first = np.r_[0, np.cumsum(sizes)]
+    units = np.repeat(starts[:-1][order] - first[:-1], sizes) + np.arange(first[-1])
+    cut = np.r_[0, np.flatnonzero(np.diff(sizes)) + 1, len(sizes)]
+    return order, first, units, [(slice(first[a], first[b]), slice(a, b), (b - a, int(sizes[a]))) for a, b in zip(cut[:-1], cut[1:])]
 
 # %% ../nbs/01_study.ipynb #257d610e
 def _open(data) -> nw.DataFrame:
