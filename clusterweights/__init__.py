@@ -9,10 +9,11 @@ from clusterweights.core import (ClusterWeightsError, ClusterWeightsWarning, Dro
 from clusterweights.framework import Balance, Decomposition, balance_of, decompose, plot_overlap, worst_case
 from clusterweights.hierarchical import hierarchical_weights
 from clusterweights.inference import Estimate
+from clusterweights.ipw import ipw_weights, propensity_scores
 from clusterweights.outcomes import OutcomeModel
 from clusterweights.study import Study
 from clusterweights.weights import Feasibility, Weights, feasibility, unadjusted_weights
 
 __all__ = ["Balance", "ClusterWeightsError", "ClusterWeightsWarning", "Comparison", "Decomposition", "DroppedUnitsWarning", "Estimate", "EstimationError",
            "Feasibility", "FewClustersWarning", "InfeasibleError", "InputError", "NotConvergedWarning", "OutcomeModel", "OverlapWarning", "SolverError", "Study", "Weights", "balance_of", "balancing_weights",
-           "compare", "decompose", "feasibility", "hierarchical_weights", "plot_overlap", "unadjusted_weights", "worst_case"]
+           "compare", "decompose", "feasibility", "hierarchical_weights", "ipw_weights", "plot_overlap", "propensity_scores", "unadjusted_weights", "worst_case"]

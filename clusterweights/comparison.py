@@ -76,7 +76,7 @@ def _row(weights: Weights, balance: Balance, level: float, vcov: str) -> dict:
     "One method's figures for the table."
     effect, l2 = weights.estimate(vcov=vcov), balance.l2
     low, high = effect.conf_int(level)
-    can_correct = METHODS[weights.method].outcome_model != "none" and weights.outside is None
+    can_correct = METHODS[weights.method].knows(weights.params) != "none" and weights.outside is None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ClusterWeightsWarning)           # said already
         corrected = weights.estimate(vcov=vcov, bias_corrected=True).estimate if can_correct else np.nan
@@ -135,9 +135,9 @@ def compare(study: Study, methods: Sequence[str] | None = None, *, level: float 
             except tuple(_FAILURES) as error:
                 errors[name] = error
                 rows[name] = {"status": _FAILURES[type(error)]}
-        rows[name]["label"] = METHODS[name].label
+        rows[name]["label"] = METHODS[name].called(own)
         said[name] = [str(w.message) for w in caught if isinstance(w.message, ClusterWeightsWarning)]
-        _give_again(caught, METHODS[name].label)
+        _give_again(caught, METHODS[name].called(own))
     table = pd.DataFrame.from_dict(rows, orient="index", columns=_COLUMNS)
     ignored = {name: [o for o in options if o not in METHODS[name].options and o in _TARGETING] for name in rows}
     return Comparison(study, table, weights, balances, errors, level, estimand, *({k: v for k, v in d.items() if v} for d in (ignored, said)),
@@ -161,13 +161,13 @@ def summary(self: Comparison) -> Table:
     outcome = self.study.columns["outcome"][0]
     title = (f"{self.estimand.capitalize()} of {outcome}" if self.study.level == "survey" else
              f"Effect of {self.study.contrast} on {outcome} ({self.estimand})")
-    return Table(frame, title=title, notes=self._notes() + [f"{METHODS[name].label}: {error}" for name, error in self.errors.items()], formats=formats)
+    return Table(frame, title=title, notes=self._notes() + [f"{self.table.loc[name, 'label']}: {error}" for name, error in self.errors.items()], formats=formats)
 
 
 @patch
 def _notes(self: Comparison) -> list[str]:
     "What the table's columns mean, and the `lam` of methods that have one."
-    prices = {METHODS[name].label: w.params["lam"] for name, w in self.weights.items() if "lam" in w.params}
+    prices = {w.label: w.params["lam"] for name, w in self.weights.items() if "lam" in w.params}
     said = "; ".join(f"{label} " + (", ".join(f"{v:.3g} for the {arm}" for arm, v in lam.items()) if isinstance(lam, Mapping) else f"{lam:.3g}")
                      for label, lam in prices.items())
     kinds = list(dict.fromkeys(self.table["vcov"].dropna()))
@@ -192,7 +192,7 @@ def plot(self: Comparison, ax=None):
 @patch
 def plot_balance(self: Comparison, axes=None):
     "Love plot of what each method (at most 8) leaves; returns the three Axes. `balances[name].plot()` shows one method before and after."
-    return love_plot(self.study.names, {METHODS[name].label: b.differences["after weighting"] for name, b in self.balances.items()}, axes)
+    return love_plot(self.study.names, {self.table.loc[name, 'label']: b.differences["after weighting"] for name, b in self.balances.items()}, axes)
 
 # %% ../nbs/20_comparison.ipynb #659943b8
 _NOTICEABLE = 0.1    # the usual threshold for a standardised difference
@@ -236,7 +236,7 @@ def _change_in_words(c: Comparison) -> list[str]:
     p = decimals(error)
     same = c.table.loc["balancing", "units"] == c.table.loc["hierarchical", "units"]
     text = ("Comparing within clusters instead of across them moves the estimate" if same else
-            f"Among the {c.table.loc['hierarchical', 'units']:,} units that {METHODS['hierarchical'].label} speaks of, {METHODS['balancing'].label} gives "
+            f"Among the {c.table.loc['hierarchical', 'units']:,} units that {c.table.loc['hierarchical', 'label']} speaks of, {c.table.loc['balancing', 'label']} gives "
             f"{across:z,.{p}f}; comparing within clusters moves that") + f" by {change:+,.{p}f} (standard error of the change {error:,.{p}f})"
     return [text + (": no more than chance would, so these data do not show that clusters matter beyond the covariates, nor do they rule it out."
                     if abs(change) < 1.96 * error else ": more than chance would. Either clusters differ in ways that the covariates do not "
@@ -258,19 +258,19 @@ def _imbalances(c: Comparison) -> list[str]:
         left = balance.table["SMD, weighted"].abs()
         large = left.index[left > _NOTICEABLE]
         if len(large):
-            out.append(f"{METHODS[name].label}: global differences above {_NOTICEABLE} standard deviations remain in {listed(large)}.")
+            out.append(f"{c.table.loc[name, 'label']}: global differences above {_NOTICEABLE} standard deviations remain in {listed(large)}.")
     local = c.table.loc[list(c.weights), "l2_local"]
     if local.isna().any():
         out.append("Local imbalance is not defined: " + ("population totals have no clusters." if c.study.totals is not None else
                                                          "no cluster has two units in each arm."))
     elif len(local) and c.table.loc[list(c.weights), "local_reduction"].max() < _LITTLE:
         best = local.idxmin()
-        out.append(f"Within clusters large differences remain, whatever the method ({local[best]:.3f} standard deviations with {METHODS[best].label}"
+        out.append(f"Within clusters large differences remain, whatever the method ({local[best]:.3f} standard deviations with {c.table.loc[best, 'label']}"
                    + (f", {local['unadjusted']:.3f} unadjusted" if "unadjusted" in local.index and best != "unadjusted" else "")
                    + "): the clusters are too small, or their arms too different, for these covariates.")
     elif len(local) > 1 and c.table.loc[list(c.weights), "units"].nunique() == 1:
         best = local.idxmin()
-        out.append(f"Local imbalance is smallest with {METHODS[best].label} ({local[best]:.3f}"
+        out.append(f"Local imbalance is smallest with {c.table.loc[best, 'label']} ({local[best]:.3f}"
                    + (f", against {local['unadjusted']:.3f} unadjusted" if "unadjusted" in local.index and best != "unadjusted" else "") + ").")
     return out
 
@@ -280,9 +280,9 @@ def _targets(c: Comparison) -> list[str]:
     for name, weights in c.weights.items():
         target = weights.target
         if target.units < target.all_units:
-            out.append(f"{METHODS[name].label} speaks only of {target}; its estimate answers a narrower question than one that speaks of all.")
-    out += [f"{METHODS[name].label} does not know {listed(own)} and speaks of the study's own units." for name, own in c.ignored.items()]
-    return out + [f"{METHODS[name].label} gave no estimate: {error}" for name, error in c.errors.items()]
+            out.append(f"{c.table.loc[name, 'label']} speaks only of {target}; its estimate answers a narrower question than one that speaks of all.")
+    out += [f"{c.table.loc[name, 'label']} does not know {listed(own)} and speaks of the study's own units." for name, own in c.ignored.items()]
+    return out + [f"{c.table.loc[name, 'label']} gave no estimate: {error}" for name, error in c.errors.items()]
 
 
 def _sentences(c: Comparison) -> list[str]: return _estimates(c) + _imbalances(c) + _targets(c)
@@ -497,16 +497,18 @@ def _whom_section(c: Comparison) -> str:
 
 # %% ../nbs/20_comparison.ipynb #5152a434
 _OUTCOME_MODELS = {"none": "without an outcome model", "covariates": "with the outcome modelled by the covariates",
-                   "covariates and clusters": "with the outcome modelled by the covariates and a level for each cluster"}
+                   "covariates and clusters": "with the outcome modelled by the covariates and a level for each cluster",
+                   "covariates and cluster means": "with the outcome modelled by the covariates and their means in the cluster",
+                   "covariates, cluster means and clusters": "with the outcome modelled by the covariates, their means in the cluster and a level for each cluster"}
 
 
 def _methods_section(c: Comparison) -> str:
     out = "<dl>\n"
     for name in c.table.index:
-        what = f"{inspect.getdoc(METHODS[name].function).splitlines()[0]} Standard error {_OUTCOME_MODELS[METHODS[name].outcome_model]}."
-        out += f"<dt>{_text(METHODS[name].label)}</dt>\n<dd>{_text(what)}</dd>\n"
+        what = f"{inspect.getdoc(METHODS[name].function).splitlines()[0]} Standard error {_OUTCOME_MODELS[METHODS[name].knows(c.weights[name].params if name in c.weights else {})]}."
+        out += f"<dt>{_text(c.table.loc[name, 'label'])}</dt>\n<dd>{_text(what)}</dd>\n"
         out += f"<dd>It gave no estimate: {_text(c.table.loc[name, 'status'])}.</dd>\n" if name in c.errors else ""
-    facts = [w.summary(c.balances[name]).cells()[""].rename(METHODS[name].label) for name, w in c.weights.items()]
+    facts = [w.summary(c.balances[name]).cells()[""].rename(c.table.loc[name, 'label']) for name, w in c.weights.items()]
     out += "</dl>\n"
     return out + _html_table(pd.concat(facts, axis=1, sort=False).fillna("–"), "Options, weights and solver", words=True) if facts else out
 
@@ -558,7 +560,7 @@ def _weights_plot(prefix: str, weights: Weights, label: str) -> str:
 def _balance_section(c: Comparison) -> str:
     out = ""
     for name, balance in c.balances.items():
-        label, table = METHODS[name].label, balance.summary()
+        label, table = c.table.loc[name, 'label'], balance.summary()
         out += f"<h3>{_text(label)}</h3>\n" + (
             _love_plot(f"love-{name}-", balance, label) + _weights_plot(f"weights-{name}-", c.weights[name], label) if _changes(balance) else
             "<p>The weights leave the balance as it was before weighting.</p>\n")
@@ -581,7 +583,7 @@ _SURVEY_ASSUMPTIONS = [
 
 def _citation_section(c: Comparison) -> str:
     lines = [f"This report: clusterweights contributors. clusterweights, version {__version__}. Python package."]
-    lines += [f"{METHODS[name].label}: {METHODS[name].source}" for name in c.table.index if METHODS[name].source]
+    lines += [f"{c.table.loc[name, 'label']}: {METHODS[name].source}" for name in c.table.index if METHODS[name].source]
     return _items([*lines, f"Standard errors and measures of balance: {FRAMEWORK_PAPER}, sections 6 and 8."])
 
 
@@ -603,7 +605,7 @@ def report(self: Comparison, path: str | os.PathLike, *, title: str | None = Non
     path : of the file; one that exists is replaced. title : of the document (default: what is estimated). The file needs no network and no
     other file, runs no script, and prints on A4. Raises `InputError` if it cannot be written there."""
     path, study = check_output(path, REPORT_ENDINGS), self.study
-    said = [f"{METHODS[name].label}: {line}" for name, lines in self.warnings.items() for line in lines]
+    said = [f"{self.table.loc[name, 'label']}: {line}" for name, lines in self.warnings.items() for line in lines]
     size = f"{study.n:,} units in {counted(study.n_clusters, 'cluster')} ({study.columns['cluster']}). Written on {date.today()}."
     lead = f'<p>{_text(_question(self))}</p>\n<p class="small">{_text(size)}</p>\n'
     sections = {

@@ -17,7 +17,7 @@ from .inference import LinearFit, fit_linear, variance_ratio
 from .study import cluster_sums
 
 # %% auto #0
-__all__ = ['OutcomeModel', 'outcome_features', 'Prediction', 'predict_outcome', 'corrected_mean']
+__all__ = ['OutcomeModel', 'outcome_features', 'Prediction', 'predict_outcome', 'folds', 'corrected_mean']
 
 # %% ../nbs/07b_outcomes.ipynb #24c101cb
 _KNOWS = ("none", "covariates", "covariates and clusters", "covariates and cluster means", "covariates, cluster means and clusters")
@@ -102,16 +102,16 @@ def _linear_prediction(x, y, rows, cluster, levels: bool, learner: str, base) ->
     return Prediction(fitted, left_out)
 
 # %% ../nbs/07b_outcomes.ipynb #013ae6c6
-def _folds(cluster: np.ndarray, within: bool, folds: int, seed: int) -> np.ndarray:
-    "(m,) fold of each unit: whole clusters share a fold, or if `within` the units of each cluster are dealt out to all folds."
+def folds(cluster: np.ndarray, within: bool, count: int, seed: int) -> np.ndarray:
+    "(m,) fold of each unit, 0 to count − 1: whole clusters share a fold, or if `within` the units of each cluster are dealt out to all folds. cluster : (m,)."
     rng = np.random.default_rng(seed)
     if not within:
         present, block = np.unique(cluster, return_inverse=True)
-        return (rng.permutation(len(present)) % min(folds, len(present)))[block]
+        return (rng.permutation(len(present)) % min(count, len(present)))[block]
     shuffled = rng.permutation(len(cluster))
     order = shuffled[np.argsort(cluster[shuffled], kind="stable")]
     fold = np.empty(len(cluster), dtype=int)
-    fold[order] = np.arange(len(cluster)) % min(folds, len(cluster))
+    fold[order] = np.arange(len(cluster)) % min(count, len(cluster))
     return fold
 
 
@@ -123,7 +123,7 @@ def _shrunken_levels(rest: np.ndarray, block: np.ndarray, k: int) -> np.ndarray:
 
 
 def _cross_fitted(x, y, rows, cluster, levels: bool, model: OutcomeModel, base) -> Prediction:
-    fold = _folds(cluster[rows], levels, model.folds, model.seed)
+    fold = folds(cluster[rows], levels, model.folds, model.seed)
     if fold.max() == 0:
         raise EstimationError("All units of an arm are in one cluster, so a model cannot be fitted without it.")
     sampled = "sample_weight" in inspect.signature(model.learner.fit).parameters and np.ptp(base) > 0

@@ -198,15 +198,15 @@ def arms(study: Study, estimand: str, *, within: bool, standardize: bool = True,
 # %% ../nbs/08_weights.ipynb #45c2be9d
 @dataclass(frozen=True)
 class Method:
-    """What the package knows of a method. name : as in `compare`. label : for tables. function : Study → Weights.
+    """What the package knows of a method. name : as in `compare`. label : for tables; or a function of the options used. function : Study → Weights.
 
-    outcome_model : what the standard error's outcome model may use: "none", "covariates", "covariates and clusters".
+    outcome_model : what the standard error's outcome model may know, see `OutcomeModel`; or a function of the options used.
     estimands : those it can estimate in a study of treated and untreated; "mean" and "total" in a survey. source : the reference to cite.
     whole_clusters : whether it can be used where whole clusters were treated."""
     name: str
-    label: str
+    label: str | Callable[[Mapping], str]
     function: Callable
-    outcome_model: str
+    outcome_model: str | Callable[[Mapping], str]
     estimands: tuple[str, ...]
     source: str = ""
     whole_clusters: bool = False
@@ -216,12 +216,20 @@ class Method:
         "Names of the options that the method accepts."
         return tuple(inspect.signature(self.function).parameters)[1:]
 
+    def called(self, params: Mapping) -> str:
+        "The label for these options."
+        return self.label(params) if callable(self.label) else self.label
+
+    def knows(self, params: Mapping) -> str:
+        "What the outcome model may know, for these options."
+        return self.outcome_model(params) if callable(self.outcome_model) else self.outcome_model
+
 
 METHODS: dict[str, Method] = {}
 FRAMEWORK_PAPER = "Ben-Michael, E., Feller, A. & Keele, L. (2026). A weighting framework for clusters as confounders in observational studies"
 
 
-def method(name: str, label: str, *, outcome_model: str, estimands: tuple[str, ...] = ("ATT", "ATC", "ATE"), source: str = "",
+def method(name: str, label: str | Callable, *, outcome_model: str | Callable, estimands: tuple[str, ...] = ("ATT", "ATC", "ATE"), source: str = "",
            whole_clusters: bool = False) -> Callable:
     """Register a function `<name>_weights(study, …, *, estimand=None, …) -> Weights` as a method of that name.
 
@@ -252,8 +260,8 @@ def canonical_estimand(estimand: str | None, method: Method, study: Study) -> st
         return str(estimand).lower()
     name = str(estimand) if str(estimand) in possible else _ALIASES.get(str(estimand).upper(), str(estimand).upper())
     if name not in possible:
-        others = [m.label for m in METHODS.values() if name in m.estimands and study.level != "survey"]
-        raise InputError(f"{method.label} cannot estimate estimand={estimand!r} in this study; it offers {listed(possible)}."
+        others = [m.called({}) for m in METHODS.values() if name in m.estimands and study.level != "survey"]
+        raise InputError(f"{method.called({})} cannot estimate estimand={estimand!r} in this study; it offers {listed(possible)}."
                          + (f" {listed(others)} can." if others else ""))
     return name
 
@@ -366,6 +374,11 @@ class Weights:
         return {name: ess(self.in_order[group_mask(self.study, name)]) for name in names}
 
     @property
+    def label(self) -> str:
+        "What the method is called in tables."
+        return METHODS[self.method].called(self.params)
+
+    @property
     def solution(self) -> Solution | None:
         "The solver's solution; of two weighted arms the one with the worse certificate. None for a closed form."
         return max(self.solutions.values(), key=lambda s: s.certificate.worst, default=None)
@@ -464,10 +477,12 @@ def _warn(weights: Weights) -> None:
     "Warn of lost target units and of weights that lean on few units, on behalf of the caller of a method."
     target = weights.target
     if target.units < target.all_units:
-        lacking = {"ATT": "no controls", "ATC": "no treated units", "ATE": "only one arm, or none,"}.get(weights.estimand, "no respondents")
+        lost = group_mask(weights.study, next(iter(WEIGHTED_ARMS[weights.estimand].values()))) & (weights.reason != "")
+        why = "; ".join(f"{reason} ({counted(int(n), 'unit')})" for reason, n in pd.Series(weights.reason[lost]).value_counts(sort=False).items())
+        clusters = target.all_clusters - target.clusters
         warnings.warn(DroppedUnitsWarning(
-            f"{target.all_units - target.units:,} of {target.all_units:,} {target.noun} were left out: {lacking} in their "
-            f"{counted(target.all_clusters - target.clusters, 'cluster')}. The estimate speaks of {target}."), stacklevel=caller_depth())
+            f"{target.all_units - target.units:,} of {target.all_units:,} {target.noun} were left out" + (f", and {counted(clusters, 'cluster')} with them" if clusters else "")
+            + f": {why}. The estimate speaks of {target}."), stacklevel=caller_depth())
     loosest = max((s.tolerance for s in weights.solutions.values()), default=0.0)
     if weights.params.get("tolerance") == "auto" and loosest > _LOOSE:
         warnings.warn(OverlapWarning(f"Exact balance is impossible; it was loosened to {loosest:.2g} standard deviations for some covariates. "
@@ -510,7 +525,7 @@ def _resolved(weights: Weights, model: OutcomeModel | str | None) -> OutcomeMode
     "The outcome model asked for, with what it may know filled in."
     if not isinstance(model, OutcomeModel):
         model = OutcomeModel(knows=model) if model is None or isinstance(model, str) else OutcomeModel(learner=model)
-    model = replace(model, knows=model.knows or METHODS[weights.method].outcome_model)
+    model = replace(model, knows=model.knows or METHODS[weights.method].knows(weights.params))
     if weights.study.level == "cluster" and model.knows.endswith("clusters"):
         raise InputError(f"outcome_model={model.knows!r}: whole clusters were treated, so an arm's model cannot know the level of the other arm's clusters. "
                          "Use 'covariates' or 'covariates and cluster means'.")
@@ -572,7 +587,7 @@ def _which_vcov(study: Study, vcov: str) -> str:
 
 def _reasons(weights: Weights, vcov: str, asked: str, model: OutcomeModel) -> tuple[str, ...]:
     "Should the standard error count clusters? The answer for this study, step by step (Abadie et al., 2023)."
-    study, own = weights.study, METHODS[weights.method].outcome_model
+    study, own = weights.study, METHODS[weights.method].knows(weights.params)
     clusters, treat = study.columns["cluster"], study.columns.get("treat")
     if study.level == "survey":
         steps = [f"{study.columns['outcome'][0]} is a survey's outcome, of {study.n_rows:,} units in {len(study.labels):,} clusters ({clusters})."]
@@ -581,7 +596,7 @@ def _reasons(weights: Weights, vcov: str, asked: str, model: OutcomeModel) -> tu
     else:
         steps = [f"{treat} varies within {clusters}: units were treated one by one. For the units at hand, the standard error need not count clusters if weights compare within them."]
         if "clusters" not in own:
-            steps.append(f"{METHODS[weights.method].label} does not: what clusters have in common stays in the contrast. That is a bias first, which no standard error covers; compare within clusters, or "
+            steps.append(f"{weights.label} does not: what clusters have in common stays in the contrast. That is a bias first, which no standard error covers; compare within clusters, or "
                          "see how far vcov='CR2' moves the interval.")
     steps.append({"residualised": "The estimate speaks of the units at hand. Each unit's deviation from the outcome model of its own arm counts.",
                   "population": "The estimate speaks of all units like these, in these clusters. Each unit's deviation from one model for both arms counts, so that effects that differ count, too.",
@@ -698,17 +713,23 @@ def _value(option) -> str:
     return f"{option:.4g}" if isinstance(option, float) else repr(option) if isinstance(option, (str, int, bool, tuple, type(None))) else "given"
 
 
+def _top_share(w: np.ndarray) -> float:
+    "The share of the sum that the largest 1% of the units with weight hold, at least one unit."
+    positive = np.sort(w[w > 0])
+    return float(positive[-max(1, len(positive) // 100):].sum() / positive.sum())
+
+
 @patch
 def summary(self: Weights, balance: Balance | None = None) -> Table:
     "What was done, for whom, how the weights look, what they balance, and how the solver fared. balance : `self.balance()`, if it is at hand already."
     kept, balanced = self.reason == "", self.balance() if balance is None else balance
     options = ", ".join(f"{k}={_value(v)}" for k, v in self.params.items() if k != "estimand" and not (k == "target" and v is None))
-    facts = {"method": f"{METHODS[self.method].label} ({options})" if options else METHODS[self.method].label,
+    facts = {"method": f"{self.label} ({options})" if options else self.label,
              "estimand": f"{self.estimand}: " + ("of " if self.study.level == "survey" else "effect on ") + f"{self.target}"}
     for arm, mask in self.weighted_arms.items():
         w = self.in_order[mask]
         facts |= {arm: f"{(kept & mask).sum():,} kept of {len(w):,}, {(w > 0).sum():,} with weight",
-                  f"weights of {arm}": f"sum {w.sum():,.6g}, largest {w.max():.3g} ({w.max() / w.sum():.1%} of the sum)",
+                  f"weights of {arm}": f"sum {w.sum():,.6g}, largest {w.max():.3g} ({w.max() / w.sum():.1%} of the sum; the top 1% hold {_top_share(w):.0%})",
                   f"effective {arm}": f"{self.ess[arm]:,.0f}"}
     goal = self._outside_means()
     if goal is not None and self.target.units == self.target.all_units:

@@ -46,7 +46,8 @@ def comparison(weights, errors=None, l2_local=None):
     rows = {}
     for name, w in weights.items():
         e, low_high = w.estimate(), w.estimate().conf_int()
-        rows[name] = {"label": name, "estimate": e.estimate, "std_error": e.std_error, "conf_low": low_high[0], "conf_high": low_high[1],
+        rows[name] = {"label": w.label, "estimate": e.estimate, "std_error": e.std_error, "conf_low": low_high[0], "conf_high": low_high[1],
+                      "df": e.df, "corrected": e.estimate, "vcov": e.vcov,
                       "l2_local": balances[name].l2.loc["local", "after"], "local_reduction": 50.0, "units": w.target.units, "clusters": w.target.clusters}
     table = pd.DataFrame.from_dict(rows, orient="index")
     if l2_local is not None:

@@ -18,8 +18,15 @@ OTHER = {
     "target": (lambda frame: frame[::2], lambda w: w.weights),
     "standardize": (False, lambda w: w.weights),
     "solver": ("osqp", lambda w: w.solution.solver == "osqp"),
+    "model": ("none", lambda w: w.weights),
+    "normalize": ("cluster", lambda w: w.weights),
+    "trim": (0.4, lambda w: w.weights),
+    "truncate": (0.3, lambda w: w.weights),
+    "penalty": (1.0, lambda w: w.weights),
+    "slopes": (["age"], lambda w: w.weights),
+    "nodes": (1, lambda w: w.weights),
 }
-TOGETHER_WITH = {"target": {"estimand": "ATE"}}
+TOGETHER_WITH = {"target": {"estimand": "ATE"}, "penalty": {"model": "fixed"}, "slopes": {"model": "random coefficients"}}
 
 
 @pytest.fixture(scope="module")

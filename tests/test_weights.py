@@ -256,7 +256,7 @@ def test_left_out_clusters_change_nothing():
     with pytest.warns(cw.DroppedUnitsWarning) as caught:
         whole = cw.hierarchical_weights(study(frame), standardize=False)
     [message] = [str(w.message) for w in caught]
-    assert "12 of 28 treated units were left out: no controls in their 1 cluster." in message
+    assert "12 of 28 treated units were left out, and 1 cluster with them: no controls in cluster (12 units)." in message
     assert "16 of 28 treated units, in 4 of the 5 clusters" in message
     assert caught[0].filename == __file__
     some = cw.hierarchical_weights(study(part), standardize=False)
