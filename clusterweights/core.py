@@ -11,7 +11,7 @@ import inspect
 import os
 import textwrap
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ import pandas as pd
 __all__ = ['TOLERANCES', 'ClusterWeightsError', 'InputError', 'EstimationError', 'SolverError', 'InfeasibleError',
            'ClusterWeightsWarning', 'DroppedUnitsWarning', 'OverlapWarning', 'shown', 'listed', 'nearest', 'counted',
            'decimals', 'expect_error', 'caller_depth', 'expect_warning', 'Certificate', 'Table', 'interval_plot',
-           'check_output', 'write_file']
+           'seeded_map', 'check_output', 'write_file']
 
 # %% ../nbs/00_core.ipynb #d2c968e0
 class ClusterWeightsError(Exception):
@@ -223,6 +223,19 @@ def interval_plot(labels: Sequence[str], point, low=None, high=None, *, ax=None,
     ax.set_ylim(len(labels) - 0.4, -0.6)
     ax.spines[["top", "right"]].set_visible(False)
     return ax
+
+# %% ../nbs/00_core.ipynb #fb0280d0
+def seeded_map(function: Callable, count: int, seed: int | np.random.Generator, *, workers: int | None = None, progress: bool = True) -> list:
+    """[function(0, rng_0), function(1, rng_1), …], `count` calls, each with its own random numbers spawned from `seed`.
+
+    seed : int or Generator. workers : processes, −1 for all; None is what `joblib.parallel_config` says, else 1. Any backend of joblib serves.
+    progress : show a bar of calls handed out. The first exception of a call is raised."""
+    from joblib import Parallel, delayed
+    from tqdm import tqdm
+    streams = np.random.default_rng(seed).spawn(count)
+    with warnings.catch_warnings():                      # threads restore the warning filters in any order: put back those of before
+        return Parallel(n_jobs=workers)(delayed(function)(number, rng) for number, rng in
+                                        enumerate(tqdm(streams, desc="replicates", disable=not progress)))
 
 # %% ../nbs/00_core.ipynb #d1a61ad3
 def check_output(path: str | os.PathLike, endings: Sequence[str] = ()) -> Path:
