@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
+from types import MappingProxyType
 
 import narwhals as nw
 import numpy as np
@@ -21,6 +22,7 @@ from .core import DroppedUnitsWarning, EstimationError, InfeasibleError, InputEr
 from .framework import Balance, balance, compare_groups, ess, panels, standardized_differences
 from .inference import Estimate, contrast, left_out_residuals, weighted_mean
 from .qp import BlockSums, Problem, Solution, closest, exact_means, exact_totals
+from .resampling import Bootstrap, bootstrap as bootstrap_study
 from .study import Study, numbers_by_name, cluster_sums
 
 # %% auto #0
@@ -207,7 +209,7 @@ class Method:
     estimands: tuple[str, ...]
     source: str = ""
 
-    @property
+    @functools.cached_property
     def options(self) -> tuple[str, ...]:
         "Names of the options that the method accepts."
         return tuple(inspect.signature(self.function).parameters)[1:]
@@ -520,6 +522,11 @@ def model_residuals(weights: Weights, y: np.ndarray) -> np.ndarray:
     return residuals
 
 
+def _scale_of_mean(weights: Weights) -> float:
+    "What a survey's weighted mean is multiplied by: for a total, the number of units in the population that the weights stand for."
+    return weights.in_order.sum() * (weights.study.weight_scale if weights.study.totals is None else 1.0) if weights.estimand == "total" else 1.0
+
+
 @patch
 def estimate(self: Weights, outcome=None, by=None) -> Estimate | pd.DataFrame:
     """The effect with its residualised standard error.
@@ -533,9 +540,7 @@ def estimate(self: Weights, outcome=None, by=None) -> Estimate | pd.DataFrame:
     if study.level == "survey":
         if by is not None:
             raise InputError("by= compares arms within subgroups; a survey has one arm.")
-        size = self.in_order.sum() * (study.weight_scale if study.totals is None else 1.0)       # of what the weights stand for
-        return weighted_mean(y[study.treat], self.in_order[study.treat], residuals[study.treat], self.estimand,
-                             scale=size if self.estimand == "total" else 1.0)
+        return weighted_mean(y[study.treat], self.in_order[study.treat], residuals[study.treat], self.estimand, scale=_scale_of_mean(self))
     if by is None:
         return contrast(y, study.treat, self.in_order, residuals, self.estimand)
     if isinstance(by, str) or np.ndim(by) != 1:
@@ -562,6 +567,38 @@ def _by_group(weights: Weights, y: np.ndarray, residuals: np.ndarray, groups: np
             raise EstimationError(f"Subgroup {shown(group)}: {error}") from None
         rows.append(row.assign(group=group, units=int((w > 0).sum()), largest_smd=pd.Series(np.abs(smd[0])).max()))
     return pd.concat(rows, ignore_index=True).sort_values("group", key=lambda v: v.map(str), ignore_index=True)
+
+# %% ../nbs/08_weights.ipynb #3c7b49d9
+_GIVEN = "outcome given as values"
+
+
+def _point(weights: Weights, y: np.ndarray) -> float:
+    "The estimate alone. y : (n,) in the study's order."
+    means = [np.average(y[mask], weights=weights.in_order[mask]) for mask in
+             ((weights.study.treat,) if weights.study.level == "survey" else (weights.study.treat, ~weights.study.treat))]
+    return float(means[0] - means[1]) if len(means) == 2 else float(means[0]) * _scale_of_mean(weights)
+
+
+def _refitted(study: Study, recipe: Weights, outcome) -> dict[str, float]:
+    "The estimate of the same recipe on another study."
+    return {recipe.estimand: _point(recipe.refit(study), study.outcomes[outcome])}
+
+
+@patch
+def bootstrap(self: Weights, outcome=None, *, resample: str = "clusters", replicates: int = 999, seed: int | np.random.Generator = 0,
+              workers: int | None = 1, progress: bool = True) -> Bootstrap:
+    """The estimate with its spread over drawn studies, each weighted anew by the same recipe; `lam` stays what it was.
+
+    outcome : as in `estimate`. resample, replicates, seed, workers, progress : as in `bootstrap` of the chapter on drawing again, which says what fails and how.
+    Raises `InputError` for a target from outside that lies in clusters, where resample="clusters": nothing says which of its clusters belongs to which draw."""
+    if self.outside is not None and self.outside.clusters and resample == "clusters":
+        raise InputError("The target from outside lies in clusters, and is not drawn with those of the study. Say resample='fractional' or 'units': then it stays as it is.")
+    y, study, name = _outcome(self.study, outcome), self.study, next(iter(self.study.outcomes), None) if outcome is None else outcome
+    if not (isinstance(name, Hashable) and name in study.outcomes):
+        name, study = _GIVEN, study._altered(outcomes=MappingProxyType({**study.outcomes, _GIVEN: y}))
+    recipe = replace(self, study=study, solutions={})       # what need not travel to other processes stays here
+    return bootstrap_study(study, functools.partial(_refitted, recipe=recipe, outcome=name), resample=resample, replicates=replicates, seed=seed,
+                           workers=workers, progress=progress)
 
 # %% ../nbs/08_weights.ipynb #21494839
 def _value(option) -> str:
