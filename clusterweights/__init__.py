@@ -9,9 +9,11 @@ from clusterweights.core import (ClusterWeightsError, ClusterWeightsWarning, Dro
 from clusterweights.framework import Balance, Decomposition, balance_of, decompose, plot_overlap, worst_case
 from clusterweights.hierarchical import hierarchical_weights
 from clusterweights.inference import Estimate
+from clusterweights.resampling import Bootstrap, WildClusterTest, bootstrap, wild_cluster_test
 from clusterweights.study import Study
 from clusterweights.weights import Feasibility, Weights, feasibility, unadjusted_weights
 
-__all__ = ["Balance", "ClusterWeightsError", "ClusterWeightsWarning", "Comparison", "Decomposition", "DroppedUnitsWarning", "Estimate", "EstimationError",
-           "Feasibility", "InfeasibleError", "InputError", "OverlapWarning", "SolverError", "Study", "Weights", "balance_of", "balancing_weights",
-           "compare", "decompose", "feasibility", "hierarchical_weights", "plot_overlap", "unadjusted_weights", "worst_case"]
+__all__ = ["Balance", "Bootstrap", "ClusterWeightsError", "ClusterWeightsWarning", "Comparison", "Decomposition", "DroppedUnitsWarning", "Estimate",
+           "EstimationError", "Feasibility", "InfeasibleError", "InputError", "OverlapWarning", "SolverError", "Study", "Weights", "WildClusterTest",
+           "balance_of", "balancing_weights", "bootstrap", "compare", "decompose", "feasibility", "hierarchical_weights", "plot_overlap",
+           "unadjusted_weights", "wild_cluster_test", "worst_case"]

@@ -16,7 +16,7 @@ from numbers import Real
 import numpy as np
 import pandas as pd
 
-from .core import (ClusterWeightsError, ClusterWeightsWarning, EstimationError, InputError, Table, caller_depth, counted, decimals, listed,
+from .core import (ClusterWeightsError, ClusterWeightsWarning, EstimationError, InputError, Table, caller_depth, counted, decimals,
                                  nearest, seeded_map)
 from .study import Study, cluster_sums
 
@@ -45,8 +45,9 @@ WAYS = {"clusters": "whole clusters drawn with replacement", "units": "units dra
 class Bootstrap:
     """A statistic and its replicates.
 
-    observed : the statistic on the study itself, by name. draws : one row for each replicate that succeeded (its number in the index), one column a name. replicates : how many were
-    tried. resample : "clusters", "units" or "fractional". reasons : for replicates that failed, how many by reason. warned : in how many replicates each class of warning was given."""
+    observed : the statistic on the study itself, by name. draws : one row for each replicate that succeeded (its number in the index), one
+    column a name. replicates : how many were tried. resample : "clusters", "units" or "fractional". reasons : for replicates that failed, how
+    many by reason. warned : in how many replicates each class of warning was given."""
     observed: pd.Series
     draws: pd.DataFrame
     replicates: int
@@ -84,7 +85,8 @@ class Bootstrap:
             raise InputError(f"Unknown kind {kind!r}." + nearest(kind, ["percentile", "basic"]))
         tail = (1 - level) / 2
         if tail * (len(self.draws) + 1) < 1 - 1e-9:
-            raise InputError(f"{len(self.draws):,} replicates are too few for an interval of level {level:g}: it takes {int(np.ceil(1 / tail - 1e-6)) - 1:,}.")
+            needed = int(np.ceil(1 / tail - 1e-6)) - 1
+            raise InputError(f"{len(self.draws):,} replicates are too few for an interval of level {level:g}: it takes {needed:,}.")
         low, high = (pd.Series(np.quantile(self.draws, p, axis=0, method="weibull"), self.draws.columns) for p in (tail, 1 - tail))
         return (low, high) if kind == "percentile" else (2 * self.observed - high, 2 * self.observed - low)
 
@@ -92,7 +94,7 @@ class Bootstrap:
         """Lower and upper end of the interval, each a float or a Series by name.
 
         level : between 0 and 1. kind : "percentile" or "basic". Raises `InputError` if the replicates are too few for the level.
-        Source: Davison & Hinkley (1997), sections 5.2.1 and 5.3.1."""
+        Source: Davison & Hinkley (1997), sections 5.2 and 5.3."""
         return tuple(map(self._one_or_all, self._interval(level, kind)))
 
     def tidy(self, level: float = 0.95, kind: str = "percentile") -> pd.DataFrame:
@@ -151,9 +153,11 @@ def _drawn(study: Study, resample: str, rng: np.random.Generator) -> Study:
 
 
 def _reason(error: ClusterWeightsError) -> str:
-    "The kind of error and its first sentence; numbers and names, which differ between replicates, as dots."
-    sentence = re.split(r"(?<=[^\d\W])[.:](?:\s|$)", str(error), maxsplit=1)[0]
-    sentence = re.sub(r"\('[^']*', \d+\)|'[^']*'|(?<!\w)[-−]?\d[\d,.]*(?:e[-+]?\d+)?%?", "…", sentence)
+    "The kind of error and its first sentence, with dots for numbers, names and lists of them, which differ between replicates."
+    sentence = re.split(r"\.(?:\s|$)", str(error), maxsplit=1)[0]
+    sentence = re.sub(r"'[^']*'|(?<!\w)[-−]?\d[\d,.]*(?:e[-+]?\d+)?%?", "…", sentence)
+    sentence = re.sub(r"\(…, …\)", "…", sentence)                                    # the label of a draw
+    sentence = re.sub(r"…(?:(?:,| and|, and) …)+( more)?", "…", sentence)
     return f"{type(error).__name__}: {sentence}"
 
 
@@ -177,14 +181,17 @@ def bootstrap(study: Study, statistic: Callable, *, resample: str = "clusters", 
               workers: int | None = 1, progress: bool = True) -> Bootstrap:
     """The spread of a statistic over studies drawn from a study.
 
-    statistic : function of a `Study` that returns a number, a flat array, or numbers by name; it should compute everything that depends on the data, weights included. It can be a
-    method of the package: `lambda s: w.refit(s).estimate().estimate` (`Weights.bootstrap` does this, faster). Arrays of one's own, in the study's order, are indexed by `s.drawn`.
-    resample : "clusters" draws whole clusters with replacement, each draw under a fresh label; "units" draws units within each cluster, whose sizes stay; "fractional" multiplies the
-    sampling weights of each cluster by an exponential random number and loses none. replicates : how many, 999 by default. seed : int or Generator; the replicates do not depend on
-    `workers`, the number of processes (−1: all; None: what `joblib.parallel_config` says). progress : show a bar.
+    statistic : function of a `Study` that returns a number, a flat array, or numbers by name; it should compute everything that depends on the
+    data, weights included. It can be a method of the package: `lambda s: w.refit(s).estimate().estimate` (`Weights.bootstrap` does this,
+    faster). Arrays of one's own, in the study's order, are indexed by `s.drawn`.
+    resample : "clusters" draws whole clusters with replacement, each draw under a fresh label; "units" draws units within each cluster, whose
+    sizes stay; "fractional" multiplies the sampling weights of each cluster by an exponential random number and loses none.
+    replicates : how many, 999 by default. seed : int or Generator; the replicates do not depend on `workers`, the number of processes (−1: all;
+    None: what `joblib.parallel_config` says). progress : show a bar.
 
-    Replicates in which the statistic raises a `ClusterWeightsError`, or is not finite, are left out and counted, with a `ClusterWeightsWarning`; any other exception is raised. The package's
-    own warnings are counted. Raises `EstimationError` if fewer than half of the replicates succeed, `InputError` for arguments that make no sense.
+    Replicates in which the statistic raises a `ClusterWeightsError`, or is not finite, are left out and counted, with a `ClusterWeightsWarning`;
+    any other exception is raised. The package's own warnings are counted (under a threading backend perhaps for a neighbour).
+    Raises `EstimationError` if fewer than half of the replicates succeed, `InputError` for arguments that make no sense.
     Source: Davison & Hinkley (1997), sections 2.2–2.4 and 3.8; Field & Welsh (2007) for clusters; Rubin (1981) for fractional weights."""
     if not isinstance(study, Study):
         raise InputError(f"bootstrap takes a Study, not {type(study).__name__}.")
@@ -202,9 +209,9 @@ def bootstrap(study: Study, statistic: Callable, *, resample: str = "clusters", 
 def _collect(observed: pd.Series, done: list[tuple], resample: str) -> Bootstrap:
     "The replicates put together; tells of failures, and hands on warnings from elsewhere."
     reasons = dict(Counter(failure for _, failure, _ in done if failure).most_common())
-    heard = [{(category, message) for category, message in pairs} for _, _, pairs in done]
-    own = Counter(name for pairs in heard for name in {c.__name__ for c, _ in pairs if issubclass(c, ClusterWeightsWarning)})
-    for category, message in dict.fromkeys(pair for pairs in heard for pair in sorted(pairs, key=str) if not issubclass(pair[0], ClusterWeightsWarning)):
+    heard = [(category, message) for _, _, pairs in done for category, message in pairs]
+    own = Counter(name for _, _, pairs in done for name in {c.__name__ for c, _ in pairs if issubclass(c, ClusterWeightsWarning)})
+    for category, message in dict.fromkeys(pair for pair in heard if not issubclass(pair[0], ClusterWeightsWarning)):
         warnings.warn(message, category, stacklevel=caller_depth())
     good = {number: values for number, (values, _, _) in enumerate(done) if values is not None}
     if reasons:
@@ -213,8 +220,10 @@ def _collect(observed: pd.Series, done: list[tuple], resample: str) -> Bootstrap
             remedy = (" Ask for less in each: fewer covariates, or tolerance='auto' where the method has it." if "InfeasibleError" in often else
                       "" if resample == "fractional" else " resample='fractional' loses no cluster and no arm.")
             raise EstimationError(f"{often} What is left would not stand for the rest.{remedy}")
-        warnings.warn(ClusterWeightsWarning(f"{often} The interval is about the data sets on which the statistic exists; `reasons` has all."), stacklevel=caller_depth())
-    return Bootstrap(observed, pd.DataFrame.from_dict(good, orient="index", columns=observed.index), len(done), resample, reasons, dict(own.most_common()))
+        warnings.warn(ClusterWeightsWarning(f"{often} The interval is about the data sets on which the statistic exists; `reasons` has all."),
+                      stacklevel=caller_depth())
+    draws = pd.DataFrame.from_dict(good, orient="index", columns=observed.index)
+    return Bootstrap(observed, draws, len(done), resample, reasons, dict(own.most_common()))
 
 # %% ../nbs/07c_resampling.ipynb #a293e232
 _POINTS = {"rademacher": np.array([-1.0, 1.0]), "webb": np.sqrt([1.5, 1.0, 0.5, 0.5, 1.0, 1.5]) * [-1, -1, -1, 1, 1, 1]}
@@ -223,20 +232,20 @@ _TIE = 1e-9          # relative: two t² this close are equal
 
 def _multipliers(kind: str, clusters: int, draws: int, seed) -> tuple[bool, Callable]:
     "Whether all vectors of multipliers are used, and a generator of them in blocks (m, G)."
-    points, rows = _POINTS[kind], max(1, 2**20 // clusters)
+    points, rows, rng = _POINTS[kind], max(1, 2**20 // clusters), np.random.default_rng(seed)
     every = len(points)**clusters <= draws
-    rng = np.random.default_rng(seed)
+    count = len(points)**clusters if every else draws
 
     def blocks():
-        for first in range(0, len(points)**clusters if every else draws, rows):
-            numbers = np.arange(first, min(first + rows, len(points)**clusters if every else draws))
-            digits = (numbers[:, None] // len(points) ** np.arange(clusters)) % len(points) if every else rng.integers(len(points), size=(len(numbers), clusters))
-            yield points[digits]
+        for first in range(0, count, rows):
+            numbers = np.arange(first, min(first + rows, count))
+            yield points[numbers[:, None] // len(points)**np.arange(clusters) % len(points) if every else
+                         rng.integers(len(points), size=(len(numbers), clusters))]
     return every, blocks
 
 
 def _scores(v: np.ndarray, b: np.ndarray, share: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    "For multipliers v (m, G): the contrast of v·u, (m,), and each cluster's part of its variance, (m, G). b, share : (2, G), sums by arm, controls first."
+    "For multipliers v (m, G), the contrast of v·u (m,) and the clusters' parts of its variance (m, G). b, share : (2, G), controls first."
     means = v @ b.T
     return means[:, 1] - means[:, 0], v * (b[1] - b[0]) - means[:, [1]] * share[1] + means[:, [0]] * share[0]
 
@@ -245,9 +254,10 @@ def _scores(v: np.ndarray, b: np.ndarray, share: np.ndarray) -> tuple[np.ndarray
 class WildClusterTest:
     """A test of a weighted contrast by flipping the signs of clusters.
 
-    estimate, std_error : of the contrast (CR1). null : the effect tested. clusters : those with weight. kind : "rademacher" or "webb". enumerated : whether all vectors were used, so
-    that p-values are exact. draws_used : how many vectors. smallest_p : no p-value can be below it. parts : (5, draws_used), with δ = effect tested − estimate, the replicate's
-    numerator is parts[0] − δ parts[1] and its variance parts[2] − 2δ parts[3] + δ² parts[4]."""
+    estimate, std_error : of the contrast (CR1). null : the effect tested. clusters : those with weight. kind : "rademacher" or "webb".
+    enumerated : whether all vectors were used, so that p-values are exact. draws_used : how many vectors. smallest_p : no p-value can be below
+    it. parts : (5, draws_used); with δ = effect tested − estimate, a replicate's numerator is parts[0] − δ parts[1] and its variance
+    parts[2] − 2δ parts[3] + δ² parts[4]."""
     estimate: float
     std_error: float
     null: float
@@ -275,8 +285,9 @@ class WildClusterTest:
         return extreme / self.draws_used if self.enumerated else (1 + extreme) / (1 + self.draws_used)
 
     def conf_int(self, level: float = 0.95) -> tuple[float, float]:
-        """The effects around the estimate that are not rejected at 1 − level, found by bisection with the same multipliers; an end is infinite where no effect within a million standard
-        errors is rejected, as when 1 − level is below `smallest_p`."""
+        """The effects around the estimate that are not rejected at 1 − level, by bisection with the same multipliers.
+
+        An end is infinite where no effect within a million standard errors is rejected, as when 1 − level is below `smallest_p`."""
         if not (isinstance(level, Real) and 0 < level < 1):
             raise InputError(f"level={level!r} must lie between 0 and 1, for example 0.95.")
         return tuple(self.estimate + sign * self._reach(sign, 1 - level + 1e-12) for sign in (-1, 1))
@@ -301,9 +312,10 @@ class WildClusterTest:
         places = f"z.{decimals(self.std_error)}f"
         formats = dict.fromkeys(["estimate", "std_error", "conf_low", "conf_high"], places) | {"statistic": ".2f", "p_value": ".3g", "null": "g"}
         names = {"rademacher": "signs", "webb": "Webb multipliers"}
-        how = f"all {self.draws_used:,} vectors of {names[self.kind]}" if self.enumerated else f"{self.draws_used:,} vectors of {names[self.kind]}, drawn"
+        how = ("all " if self.enumerated else "") + f"{self.draws_used:,} vectors of {names[self.kind]}" + ("" if self.enumerated else ", drawn")
         return Table(pd.DataFrame([row], index=["contrast"]), title=f"Wild cluster bootstrap test with {100 * level:g}% interval", formats=formats,
-                     notes=[f"{self.clusters:,} clusters; {how}; the smallest p-value possible is {self.smallest_p:.2g}. Weights held fixed, null imposed."])
+                     notes=[f"{self.clusters:,} clusters; {how}; the smallest p-value possible is {self.smallest_p:.2g}. "
+                            "Weights held fixed, null imposed."])
 
     def __str__(self) -> str: return str(self.summary())
     __repr__ = __str__
@@ -315,7 +327,8 @@ def _with_weight(y, treat, weights, starts) -> tuple:
     "The units with weight, (n,) y, (n,) treated, (n,) weights, (n,) cluster 0 … G − 1; raises `InputError` for arrays that do not fit."
     y, treat, weights, starts = (np.asarray(v) for v in (y, treat, weights, starts))
     if not (y.ndim == 1 and y.shape == treat.shape == weights.shape) or starts.ndim != 1 or len(starts) < 2:
-        raise InputError(f"y, treat and weights must be (n,) and starts (K + 1,), but have the shapes {y.shape}, {treat.shape}, {weights.shape} and {starts.shape}.")
+        raise InputError("y, treat and weights must be (n,) and starts (K + 1,), but have the shapes "
+                         f"{y.shape}, {treat.shape}, {weights.shape} and {starts.shape}.")
     if starts[0] != 0 or starts[-1] != len(y) or (np.diff(starts) <= 0).any():
         raise InputError(f"starts must rise from 0 to the {len(y)} units.")
     if not set(np.unique(treat)) <= {0, 1}:
@@ -329,15 +342,16 @@ def _with_weight(y, treat, weights, starts) -> tuple:
     return y[used].astype(float), treat[used].astype(bool), weights[used].astype(float), cluster
 
 
-def wild_cluster_test(y: np.ndarray, treat: np.ndarray, weights: np.ndarray, starts: np.ndarray, *, null: float = 0.0, draws: int = 9999, kind: str = "auto",
-                      seed: int | np.random.Generator = 0) -> WildClusterTest:
+def wild_cluster_test(y: np.ndarray, treat: np.ndarray, weights: np.ndarray, starts: np.ndarray, *, null: float = 0.0, draws: int = 9999,
+                      kind: str = "auto", seed: int | np.random.Generator = 0) -> WildClusterTest:
     """Test of a weighted difference of means by the wild cluster bootstrap: null imposed, weights fixed.
 
-    y : (n,), sorted by cluster. treat : (n,) bool, varying within clusters or between them. weights : (n,) ≥ 0; units of weight 0 play no part. starts : (K + 1,).
-    null : the effect tested, in the units of y. draws : vectors of multipliers; if there are no more than that in all, every one is used once.
-    kind : "rademacher" (signs), "webb" (six points), or "auto": signs from ten clusters on, where their smallest p-value is 0.002. seed : int or Generator.
+    y : (n,), sorted by cluster. treat : (n,) bool, varying within clusters or between them. weights : (n,) ≥ 0; units of weight 0 play no part.
+    starts : (K + 1,). null : the effect tested, in the units of y. draws : vectors of multipliers; if there are no more than that in all, each
+    is used once. kind : "rademacher" (signs), "webb" (six points), or "auto": signs from ten clusters on, where their smallest p-value is 0.002.
+    seed : int or Generator.
     Raises `InputError` for arrays that do not fit, `EstimationError` if an arm has weight in fewer than two clusters, or the outcome does not vary.
-    Source: Cameron, Gelbach & Miller (2008), section III; Webb (2023); Roodman, MacKinnon, Nielsen & Webb (2019), section 5, for the computation by cluster sums."""
+    Source: Cameron, Gelbach & Miller (2008); Webb (2023); Roodman, MacKinnon, Nielsen & Webb (2019) for computing it by cluster sums."""
     if kind not in ("auto", *_POINTS):
         raise InputError(f"Unknown kind {kind!r}." + nearest(kind, ["auto", *_POINTS]))
     if isinstance(draws, bool) or not isinstance(draws, (int, np.integer)) or draws < 1:
@@ -346,9 +360,10 @@ def wild_cluster_test(y: np.ndarray, treat: np.ndarray, weights: np.ndarray, sta
         raise InputError(f"null={null!r} must be a finite number.")
     y, treat, w, cluster = _with_weight(y, treat, weights, starts)
     for name, arm in (("treated", treat), ("other", ~treat)):
-        if len(np.unique(cluster[arm])) < 2:
-            raise EstimationError(f"The {name} units with weight lie in {counted(len(np.unique(cluster[arm])), 'cluster')}. The test takes at least two: the noise of a single one is "
-                                  "fitted away in every replicate, so that flipping its sign shows nothing.")
+        where = len(np.unique(cluster[arm]))
+        if where < 2:
+            raise EstimationError(f"The {name} units with weight lie in {counted(where, 'cluster')}. The test takes at least two: the noise of a "
+                                  "single one is fitted away in every replicate, so that flipping its sign shows nothing.")
     clusters = int(cluster.max()) + 1
     kind = kind if kind != "auto" else "webb" if clusters < 10 else "rademacher"
     parts = w / np.where(treat, w[treat].sum(), w[~treat].sum())
@@ -367,5 +382,5 @@ def wild_cluster_test(y: np.ndarray, treat: np.ndarray, weights: np.ndarray, sta
         (top, s_y), (slope, s_z) = _scores(v, b_y, share), _scores(v, b_z, share)
         found.append([top, slope, *(small * np.einsum("rg,rg->r", one, two) for one, two in ((s_y, s_y), (s_y, s_z), (s_z, s_z)))])
     found = np.concatenate([np.array(block) for block in found], axis=1)
-    least = len(_POINTS[kind]) / len(_POINTS[kind])**clusters if every else 1 / (1 + draws)      # vectors of one number, of either sign, give |t*| = |t|
+    least = len(_POINTS[kind]) ** (1.0 - clusters) if every else 1 / (1 + draws)      # vectors that repeat one number give |t*| = |t|
     return WildClusterTest(estimate, std_error, float(null), clusters, kind, every, found.shape[1], least, found)

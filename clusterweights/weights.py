@@ -592,7 +592,8 @@ def bootstrap(self: Weights, outcome=None, *, resample: str = "clusters", replic
     outcome : as in `estimate`. resample, replicates, seed, workers, progress : as in `bootstrap` of the chapter on drawing again, which says what fails and how.
     Raises `InputError` for a target from outside that lies in clusters, where resample="clusters": nothing says which of its clusters belongs to which draw."""
     if self.outside is not None and self.outside.clusters and resample == "clusters":
-        raise InputError("The target from outside lies in clusters, and is not drawn with those of the study. Say resample='fractional' or 'units': then it stays as it is.")
+        raise InputError("The target from outside lies in clusters, and is not drawn with those of the study. Say resample='fractional' or 'units': "
+                         "then it stays as it is.")
     y, study, name = _outcome(self.study, outcome), self.study, next(iter(self.study.outcomes), None) if outcome is None else outcome
     if not (isinstance(name, Hashable) and name in study.outcomes):
         name, study = _GIVEN, study._altered(outcomes=MappingProxyType({**study.outcomes, _GIVEN: y}))
