@@ -255,7 +255,7 @@ class WildClusterTest:
     """A test of a weighted contrast by flipping the signs of clusters.
 
     estimate, std_error : of the contrast (CR1). null : the effect tested. clusters : those with weight. kind : "rademacher" or "webb".
-    enumerated : whether all vectors were used, so that p-values are exact. draws_used : how many vectors. smallest_p : no p-value can be below
+    enumerated : whether all vectors were used, none drawn. draws_used : how many vectors. smallest_p : no p-value can be below
     it. parts : (5, draws_used); with δ = effect tested − estimate, a replicate's numerator is parts[0] − δ parts[1] and its variance
     parts[2] − 2δ parts[3] + δ² parts[4]."""
     estimate: float
