@@ -11,9 +11,12 @@ from clusterweights.hierarchical import hierarchical_weights
 from clusterweights.inference import Estimate
 from clusterweights.ipw import ipw_weights, propensity_scores
 from clusterweights.outcomes import OutcomeModel
+from clusterweights.resampling import Bootstrap, WildClusterTest, bootstrap, wild_cluster_test
 from clusterweights.study import Study
 from clusterweights.weights import Feasibility, Weights, feasibility, unadjusted_weights
 
-__all__ = ["Balance", "ClusterWeightsError", "ClusterWeightsWarning", "Comparison", "Decomposition", "DroppedUnitsWarning", "Estimate", "EstimationError",
-           "Feasibility", "FewClustersWarning", "InfeasibleError", "InputError", "NotConvergedWarning", "OutcomeModel", "OverlapWarning", "SolverError", "Study", "Weights", "balance_of", "balancing_weights",
-           "compare", "decompose", "feasibility", "hierarchical_weights", "ipw_weights", "plot_overlap", "propensity_scores", "unadjusted_weights", "worst_case"]
+__all__ = ["Balance", "Bootstrap", "ClusterWeightsError", "ClusterWeightsWarning", "Comparison", "Decomposition", "DroppedUnitsWarning", "Estimate",
+           "EstimationError", "Feasibility", "FewClustersWarning", "InfeasibleError", "InputError", "NotConvergedWarning", "OutcomeModel",
+           "OverlapWarning", "SolverError", "Study", "Weights", "WildClusterTest", "balance_of", "balancing_weights", "bootstrap",
+           "compare", "decompose", "feasibility", "hierarchical_weights", "ipw_weights", "plot_overlap", "propensity_scores",
+           "unadjusted_weights", "wild_cluster_test", "worst_case"]

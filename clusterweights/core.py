@@ -12,7 +12,7 @@ import inspect
 import os
 import textwrap
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,8 @@ import pandas as pd
 __all__ = ['TOLERANCES', 'ClusterWeightsError', 'InputError', 'EstimationError', 'SolverError', 'InfeasibleError',
            'ClusterWeightsWarning', 'DroppedUnitsWarning', 'OverlapWarning', 'FewClustersWarning',
            'NotConvergedWarning', 'shown', 'listed', 'nearest', 'counted', 'decimals', 'expect_error', 'caller_depth',
-           'expect_warning', 'Certificate', 'Table', 'interval_plot', 'one_thread', 'check_output', 'write_file']
+           'expect_warning', 'Certificate', 'Table', 'interval_plot', 'one_thread', 'seeded_map', 'check_output',
+           'write_file']
 
 # %% ../nbs/00_core.ipynb #d2c968e0
 class ClusterWeightsError(Exception):
@@ -245,6 +246,19 @@ def _threads():
 def one_thread():
     "A context in which linear algebra runs on one thread."
     return _threads().limit(limits=1, user_api="blas")
+
+# %% ../nbs/00_core.ipynb #501fed87
+def seeded_map(function: Callable, count: int, seed: int | np.random.Generator, *, workers: int | None = None, progress: bool = True) -> list:
+    """[function(0, rng_0), function(1, rng_1), …], `count` calls, each with its own random numbers spawned from `seed`.
+
+    seed : int or Generator. workers : processes, −1 for all; None is what `joblib.parallel_config` says, else 1. Any backend of joblib serves.
+    progress : show a bar of calls handed out. The first exception of a call is raised."""
+    from joblib import Parallel, delayed
+    from tqdm import tqdm
+    streams = np.random.default_rng(seed).spawn(count)
+    with warnings.catch_warnings():                      # threads restore the warning filters in any order: put back those of before
+        return Parallel(n_jobs=workers)(delayed(function)(number, rng) for number, rng in
+                                        enumerate(tqdm(streams, desc="replicates", disable=not progress)))
 
 # %% ../nbs/00_core.ipynb #d1a61ad3
 def check_output(path: str | os.PathLike, endings: Sequence[str] = ()) -> Path:

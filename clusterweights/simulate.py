@@ -8,12 +8,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from statistics import NormalDist
 
 import numpy as np
 import pandas as pd
 
-from .core import ClusterWeightsError, InputError, Table, counted, interval_plot
+from .core import ClusterWeightsError, InputError, Table, counted, interval_plot, seeded_map
 from .study import Study
 
 # %% auto #0
@@ -237,12 +238,8 @@ def monte_carlo(dgp: Callable, estimators: Mapping[str, Callable], reps: int, se
     _require(len(estimators) > 0, "estimators is empty: give at least one, as {name: function}.")
     _require(isinstance(reps, (int, np.integer)) and reps >= 1, f"reps={reps!r} must be a whole number, at least 1.")
     _require(0 < level < 1, f"level={level!r} must lie between 0 and 1, for example 0.95.")
-    from joblib import Parallel, delayed
-    from tqdm import tqdm
-    streams = np.random.default_rng(seed).spawn(reps)
-    with warnings.catch_warnings():                      # threads restore the warning filters in any order: put back those of before
-        done = Parallel(n_jobs=n_jobs)(delayed(_replicate)(number, rng, dgp, estimators, truth, level) for number, rng in
-                                       enumerate(tqdm(streams, desc="replicates", disable=not progress)))
+    one = partial(_replicate, dgp=dgp, estimators=estimators, truth=truth, level=level)
+    done = seeded_map(one, reps, seed, workers=n_jobs, progress=progress)
     warned = pd.DataFrame([row for _, rows in done for row in rows], columns=["estimator", "category", "message"])
     warned = warned.groupby(["estimator", "category"], sort=False)["message"].agg(["size", "first"]).reset_index()
     return MonteCarlo(pd.DataFrame([row for rows, _ in done for row in rows]),

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from .core import ClusterWeightsWarning, DroppedUnitsWarning, InputError, Table, caller_depth, counted, listed, nearest, shown
+from .core import ClusterWeightsWarning, DroppedUnitsWarning, EstimationError, InputError, Table, caller_depth, counted, listed, nearest, shown
 
 # %% auto #0
 __all__ = ['cluster_sums', 'by_size', 'Study', 'numbers_by_name', 'variance_components', 'Description']
@@ -286,6 +286,7 @@ class Study:
     sampling_weights : (n,) with mean 1. weight_scale : the mean that they had.
     names : the d column names of `x`. terms : for each covariate or term of the formula, its columns in `x`.
     cluster : (n,) int, 0 … K − 1. starts : (K + 1,), where each cluster begins. labels : the K cluster labels.
+    drawn : (n,) int, the units' positions in the study made from the data: 0 … n − 1, until it is restricted or resampled.
     level : "unit" if some cluster has both arms, else "cluster"; "survey" for `Study.survey`.
     constant_within : names of the covariates that do not vary within any cluster.
 
@@ -317,7 +318,7 @@ class Study:
         self._weigh(frame, sampling_weights)
         self._encoder = _learn(frame[stays].reset_index(drop=True), covs, missing, right_side)
         self._encode(frame[stays].reset_index(drop=True))
-        self.level = "survey" if survey else "unit" if (self.n_treated * self.n_controls > 0).any() else "cluster"
+        self.level = "survey" if survey else _level(self.treat, self.starts)
         self._seal()
         if self.n < self.n_rows:
             gaps = frame[~stays].drop(columns=outcomes if survey else []).drop(columns=covs if missing == "indicator" else []).isna()
@@ -395,22 +396,29 @@ def _order_by(self: Study, labels: pd.Series, positions: np.ndarray, n_rows: int
     self.cluster = codes[self._sorted]
     self.starts = np.searchsorted(self.cluster, np.arange(len(found) + 1))
     self.n, self.n_clusters, self.n_rows = len(codes), len(found), n_rows
+    self.drawn = np.arange(self.n)
     self.totals = None                                  # a survey may have population totals as its target
+
+
+@patch
+def _altered(self: Study, **changes) -> Study:
+    "A copy with some attributes changed."
+    other = copy.copy(self)
+    for name, value in changes.items():
+        object.__setattr__(other, name, value)
+    other._make_read_only()
+    return other
 
 
 @patch
 def restrict(self: Study, kept: np.ndarray) -> Study:
     "The same study with the units of a mask (n,) only, encoded as they are; sampling weights keep their size. `n_rows` stays, so that weights fit the data."
-    part = copy.copy(self)
     kept = np.asarray(kept, dtype=bool)
     found, codes = np.unique(self.cluster[kept], return_inverse=True)
-    changes = {name: getattr(self, name)[kept] for name in ("_rows", "_sorted", "treat", "x", "sampling_weights")}
+    changes = {name: getattr(self, name)[kept] for name in ("_rows", "_sorted", "drawn", "treat", "x", "sampling_weights")}
     changes |= {"labels": self.labels[found], "cluster": codes, "starts": np.searchsorted(codes, np.arange(len(found) + 1)), "n": int(kept.sum()),
                 "n_clusters": len(found), "outcomes": MappingProxyType({name: y[kept] for name, y in self.outcomes.items()})}
-    for name, value in changes.items():
-        object.__setattr__(part, name, value)
-    part._make_read_only()
-    return part
+    return self._altered(**changes)
 
 
 @patch
@@ -464,8 +472,19 @@ def _encode(self: Study, frame: pd.DataFrame) -> None:
     varies = np.ptp(self.x, axis=0) > 1e-12 * size
     if not varies.all():
         raise InputError(f"Columns that do not vary: {listed(n for n, v in zip(names, varies) if not v)}. Leave the terms out that make them.")
-    spread = (np.maximum.reduceat(self.x, self.starts[:-1]) - np.minimum.reduceat(self.x, self.starts[:-1])).max(axis=0)
-    self.constant_within = tuple(n for n, s, z in zip(names, spread, size) if s <= 1e-12 * z)
+    self.constant_within = _constant_within(self.x, self.starts, names)
+
+
+def _constant_within(x: np.ndarray, starts: np.ndarray, names: Sequence[str]) -> tuple[str, ...]:
+    "Names of the columns that do not vary within any cluster."
+    spread = (np.maximum.reduceat(x, starts[:-1]) - np.minimum.reduceat(x, starts[:-1])).max(axis=0)
+    return tuple(n for n, s, z in zip(names, spread, np.abs(x).max(axis=0, initial=0.0)) if s <= 1e-12 * z)
+
+
+def _level(treat: np.ndarray, starts: np.ndarray) -> str:
+    "Where treatment varies: \"unit\" if some cluster has both arms, else \"cluster\"."
+    treated = cluster_sums(treat.astype(int), starts)
+    return "unit" if ((treated > 0) & (treated < np.diff(starts))).any() else "cluster"
 
 # %% ../nbs/01_study.ipynb #13a65d36
 @patch(as_prop=True)
@@ -607,6 +626,73 @@ def numbers_by_name(values: Mapping[str, float], names: Sequence[str], also: Seq
         return np.array([float(values[n]) for n in (*names, *also)])[:len(names)]
     except (TypeError, ValueError):
         raise InputError(f"Numbers are needed for {listed([*names, *also], most=8)}, got {dict(values)!r}.") from None
+
+# %% ../nbs/01_study.ipynb #cfa7939e
+@patch
+def _take(self: Study, rows: np.ndarray, starts: np.ndarray, labels: np.ndarray) -> Study:
+    "The study of the units at positions `rows`, in clusters that begin at `starts`."
+    treat, x, s = self.treat[rows], self.x[rows], self.sampling_weights[rows]
+    if treat.all() or not treat.any():
+        what = "respondents" if self.level == "survey" else "treated units"
+        raise EstimationError(f"The sample drawn has {'only' if treat.all() else 'no'} {what}.")
+    constant = np.ptp(x, axis=0) <= 1e-12 * np.abs(x).max(axis=0)
+    if constant.any():
+        raise EstimationError(f"In the sample drawn {listed(n for n, c in zip(self.names, constant) if c)} no longer varies.")
+    n, every = len(rows), np.arange(len(rows))
+    return self._altered(
+        treat=treat, x=x, sampling_weights=s / s.mean(), weight_scale=self.weight_scale * float(s.mean()), starts=starts, labels=labels,
+        cluster=np.repeat(np.arange(len(labels)), np.diff(starts)), n=n, n_rows=n, n_clusters=len(labels), drawn=self.drawn[rows], _rows=every,
+        _sorted=every, _index=None, outcomes=MappingProxyType({name: y[rows] for name, y in self.outcomes.items()}),
+        constant_within=_constant_within(x, starts, self.names), level="survey" if self.level == "survey" else _level(treat, starts))
+
+
+def _positions(values, size: int, what: str) -> np.ndarray:
+    "Positions from 0 to size − 1, as integers."
+    values = np.asarray(values)
+    if values.ndim != 1 or values.dtype.kind not in "iu" or not len(values) or values.min() < 0 or values.max() >= size:
+        raise InputError(f"{what} must be whole numbers from 0 to {size - 1}, one for each draw.")
+    return values
+
+# %% ../nbs/01_study.ipynb #337e603d
+@patch
+def resample(self: Study, clusters: np.ndarray) -> Study:
+    """The study of drawn clusters, each draw a cluster of its own under a fresh label (label, number of the draw).
+
+    clusters : (K',) int, 0 … K − 1, at least two, repeats allowed. Sampling weights are brought to mean 1 again. Raises `InputError` for anything else,
+    `EstimationError` if the draw has no treated units or only such, or a covariate that no longer varies."""
+    clusters = _positions(clusters, self.n_clusters, "clusters")
+    if len(clusters) < 2:
+        raise InputError("Draw at least two clusters.")
+    sizes = np.diff(self.starts)[clusters]
+    starts = np.r_[0, np.cumsum(sizes)]
+    labels, times = np.empty(len(clusters), dtype=object), [0] * self.n_clusters
+    for place, g in enumerate(clusters.tolist()):
+        times[g] += 1
+        labels[place] = (self.labels[g], times[g])
+    return self._take(np.arange(starts[-1]) + np.repeat(self.starts[clusters] - starts[:-1], sizes), starts, labels)
+
+
+@patch
+def resample_units(self: Study, units: np.ndarray) -> Study:
+    """The study with unit i replaced by unit units[i], which must be of the same cluster; clusters keep sizes and labels.
+
+    units : (n,) int, positions in the study's order. Raises `InputError` for anything else, and `EstimationError` as `resample` does."""
+    units = _positions(units, self.n, "units")
+    if len(units) != self.n or (self.cluster[units] != self.cluster).any():
+        raise InputError("units must hold one position for each unit, in the same cluster.")
+    return self._take(units, self.starts, self.labels)
+
+
+@patch
+def reweight(self: Study, factors: np.ndarray) -> Study:
+    """The study with each cluster's sampling weights multiplied by its factor, and brought to mean 1 again.
+
+    factors : (K,) positive. Raises `InputError` for anything else."""
+    factors = np.asarray(factors, dtype=float)
+    if factors.shape != (self.n_clusters,) or not (np.isfinite(factors).all() and (factors > 0).all()):
+        raise InputError(f"factors must be {self.n_clusters} positive numbers, one for each cluster.")
+    weights = self.sampling_weights * np.repeat(factors, np.diff(self.starts))
+    return self._altered(sampling_weights=weights / weights.mean(), weight_scale=self.weight_scale * float(weights.mean()))
 
 # %% ../nbs/01_study.ipynb #4b19a56f
 def variance_components(values: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

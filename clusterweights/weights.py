@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
+from types import MappingProxyType
 
 import narwhals as nw
 import numpy as np
@@ -22,6 +23,7 @@ from .framework import Balance, balance, compare_groups, ess, panels, standardiz
 from .inference import Estimate, contrast, reference_prediction, weighted_mean
 from .outcomes import OutcomeModel, Prediction, corrected_mean, outcome_features, predict_outcome
 from .qp import BlockSums, Problem, Solution, closest, exact_means, exact_totals
+from .resampling import Bootstrap, bootstrap as bootstrap_study
 from .robust import KINDS, clustered
 from .study import Study, numbers_by_name, cluster_sums
 
@@ -211,7 +213,7 @@ class Method:
     source: str = ""
     whole_clusters: bool = False
 
-    @property
+    @functools.cached_property
     def options(self) -> tuple[str, ...]:
         "Names of the options that the method accepts."
         return tuple(inspect.signature(self.function).parameters)[1:]
@@ -564,6 +566,11 @@ def _own_residuals(weights: Weights, y: np.ndarray, found: Mapping[str, Predicti
     return residuals
 
 
+def _scale_of_mean(weights: Weights) -> float:
+    "What a survey's weighted mean is multiplied by: for a total, the number of units in the population that the weights stand for."
+    return weights.in_order.sum() * (weights.study.weight_scale if weights.study.totals is None else 1.0) if weights.estimand == "total" else 1.0
+
+
 def _reference(weights: Weights, found: Mapping[str, Prediction], which: str) -> np.ndarray:
     "(n,) the one model h that is subtracted from both arms; which : \"fitted\" or \"left_out\"."
     study = weights.study
@@ -625,8 +632,7 @@ def _with_error(weights: Weights, y: np.ndarray, w: np.ndarray, residuals: np.nd
 
 def _survey_estimate(weights: Weights, y: np.ndarray, found: Prediction, vcov: str, bias_corrected: bool) -> Estimate:
     "The mean or total, with the standard error that `vcov` says."
-    study, used, w = weights.study, weights.study.treat, weights.in_order
-    scale = 1.0 if weights.estimand == "mean" else w.sum() * (study.weight_scale if study.totals is None else 1.0)       # what the weights stand for
+    study, used, w, scale = weights.study, weights.study.treat, weights.in_order, _scale_of_mean(weights)
     effect = weighted_mean(y[used], w[used], (y - found.left_out)[used], weights.estimand, scale=scale)
     if vcov in KINDS:       # known totals stay as they are; a sample's own means would change with its clusters
         rest = np.where(used, y if study.totals is None else y - found.left_out, 0.0)
@@ -705,6 +711,39 @@ def _by_group(weights: Weights, y: np.ndarray, residuals: np.ndarray, by, vcov: 
         _warn_few(effect)
         rows.append(effect.tidy().assign(group=group, units=int((w > 0).sum()), largest_smd=pd.Series(np.abs(smd[0])).max()))
     return pd.concat(rows, ignore_index=True).sort_values("group", key=lambda v: v.map(str), ignore_index=True)
+
+# %% ../nbs/08_weights.ipynb #f58135c3
+_GIVEN = "outcome given as values"
+
+
+def _point(weights: Weights, y: np.ndarray) -> float:
+    "The estimate alone. y : (n,) in the study's order."
+    means = [np.average(y[mask], weights=weights.in_order[mask]) for mask in
+             ((weights.study.treat,) if weights.study.level == "survey" else (weights.study.treat, ~weights.study.treat))]
+    return float(means[0] - means[1]) if len(means) == 2 else float(means[0]) * _scale_of_mean(weights)
+
+
+def _refitted(study: Study, recipe: Weights, outcome) -> dict[str, float]:
+    "The estimate of the same recipe on another study."
+    return {recipe.estimand: _point(recipe.refit(study), study.outcomes[outcome])}
+
+
+@patch
+def bootstrap(self: Weights, outcome=None, *, resample: str = "clusters", replicates: int = 999, seed: int | np.random.Generator = 0,
+              workers: int | None = 1, progress: bool = True) -> Bootstrap:
+    """The estimate with its spread over drawn studies, each weighted anew by the same recipe; `lam` stays what it was.
+
+    outcome : as in `estimate`. resample, replicates, seed, workers, progress : as in `bootstrap` of the chapter on drawing again, which says what fails and how.
+    Raises `InputError` for a target from outside that lies in clusters, where resample="clusters": nothing says which of its clusters belongs to which draw."""
+    if self.outside is not None and self.outside.clusters and resample == "clusters":
+        raise InputError("The target from outside lies in clusters, and is not drawn with those of the study. Say resample='fractional' or 'units': "
+                         "then it stays as it is.")
+    y, study, name = _outcome(self.study, outcome), self.study, next(iter(self.study.outcomes), None) if outcome is None else outcome
+    if not (isinstance(name, Hashable) and name in study.outcomes):
+        name, study = _GIVEN, study._altered(outcomes=MappingProxyType({**study.outcomes, _GIVEN: y}))
+    recipe = replace(self, study=study, solutions={})       # what need not travel to other processes stays here
+    return bootstrap_study(study, functools.partial(_refitted, recipe=recipe, outcome=name), resample=resample, replicates=replicates, seed=seed,
+                           workers=workers, progress=progress)
 
 # %% ../nbs/08_weights.ipynb #21494839
 def _value(option) -> str:
