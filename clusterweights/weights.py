@@ -685,7 +685,7 @@ def _warn_few(effect: Estimate) -> None:
             effect.clusters["effective"].idxmin(), effect.clusters["effective"].min()))
         warnings.warn(FewClustersWarning(
             f"The standard error has {effect.df:.1f} degrees of freedom, so even its t interval is approximate.{fewest} Spread the weights over more clusters (a larger lam, fewer covariates, "
-            "another estimand), or use a test that shuffles whole clusters."), stacklevel=caller_depth())
+            "another estimand), or test with wild_cluster_test, which flips the signs of whole clusters."), stacklevel=caller_depth())
 
 # %% ../nbs/08_weights.ipynb #198535f5
 def _by_group(weights: Weights, y: np.ndarray, residuals: np.ndarray, by, vcov: str, bias_corrected: bool) -> pd.DataFrame:
