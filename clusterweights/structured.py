@@ -193,7 +193,8 @@ def diagonal(arrow: Arrow) -> np.ndarray:
     return np.concatenate([(arrow.scale**2 * arrow.products[:, arrow.column, arrow.column]).ravel(), whole])
 
 # %% ../nbs/06_structured.ipynb #9bc137e6
-_SEVERAL = 2**21     # numbers in the blocks that are inverted at a time, so that copies need little memory
+_SEVERAL = 2**19     # numbers in the blocks that are inverted at a time, so that copies need little memory
+_POOR = 1e3          # a row of which the others explain all but a thousandth is nearly a repetition
 
 
 def eliminate(arrow: Arrow, c: np.ndarray) -> None:
@@ -219,13 +220,43 @@ def eliminate(arrow: Arrow, c: np.ndarray) -> None:
 def _eliminate_blocks(arrow: Arrow, now: np.ndarray | slice, c: np.ndarray) -> None:
     "Invert the blocks of the clusters `now`, c : (K, r) to be added to their diagonals; and find what they do to the overall rows."
     scale, columns, j = arrow.scale[now], _picked(arrow.column), np.arange(arrow.r)
-    block = arrow.products[now][:, columns] * scale[:, :, None]
-    border = block[:, :, _picked(arrow.shared)] * arrow.factor if arrow.nested else arrow.border[now]
-    block = block[:, :, columns] * scale[:, None, :]
+    block = arrow.products[now][:, columns][:, :, columns] * scale[:, :, None]
+    block *= scale[:, None, :]
+    border = block[:, :, _picked(arrow.match)] * (arrow.factor / scale[:, arrow.match])[:, None] if arrow.nested else arrow.border[now]
     block[:, j, j] = block[:, j, j] * (1 + 1e-14) + c[now]                # a trifle more than asked, so that no block is singular
-    arrow.inverse[now] = np.linalg.inv(block)
-    reach = arrow.inverse[now] @ border
-    arrow.reach[now] = reach + arrow.inverse[now] @ (border - block @ reach)
+    root = np.zeros_like(block)
+    _invert_root(block, root)
+    inverse = root.transpose(0, 2, 1) @ root
+    poor = np.flatnonzero((block[:, j, j] * root[:, j, j]**2).max(axis=1, initial=0.0) > _POOR)
+    inverse[poor] = np.linalg.inv(block[poor])
+    reach = inverse @ border
+    reach[poor] += inverse[poor] @ (border[poor] - block[poor] @ reach[poor])
+    arrow.inverse[now], arrow.reach[now] = inverse, reach
+
+
+def _invert_root(a: np.ndarray, out: np.ndarray) -> None:
+    """Put the inverse of the lower triangular L, with L L' = a, into `out` (zeros), for a stack (k, r, r) of positive definite a.
+
+    By halves, since products of whole stacks are far faster than a factorisation of each matrix, and products of half the size most of the work."""
+    half = a.shape[-1] // 2
+    if half < 6:
+        return _invert_small_root(a, out)
+    _invert_root(a[:, :half, :half], out[:, :half, :half])
+    below = a[:, half:, :half] @ out[:, :half, :half].transpose(0, 2, 1)
+    _invert_root(a[:, half:, half:] - below @ below.transpose(0, 2, 1), out[:, half:, half:])
+    np.matmul(out[:, half:, half:], -below @ out[:, :half, :half], out=out[:, half:, :half])
+
+
+def _invert_small_root(a: np.ndarray, out: np.ndarray) -> None:
+    "The same row by row, with the stack as the last axis."
+    a, x = a.transpose(1, 2, 0).copy(), out.transpose(1, 2, 0)
+    inner = np.zeros_like(a)
+    for i in range(len(a)):
+        row = np.einsum("jkg,kg->jg", inner[:i, :i], a[i, :i])
+        root = 1 / np.sqrt(np.maximum(a[i, i] - (row**2).sum(axis=0), 1e-15 * a[i, i]))        # rounding errors may leave nothing
+        inner[i, :i] = -root * np.einsum("jg,jkg->kg", row, inner[:i, :i])
+        inner[i, i] = root
+    x[:] = inner
 
 
 def _inverse(s: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
@@ -246,9 +277,9 @@ def _inverse(s: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
 
 def newton_step(arrow: Arrow, b: np.ndarray) -> np.ndarray:
     "The flat solution of (R W R' + diag(c)) y = b."
-    local, whole = arrow.split(b)
-    y = arrow.unit * arrow.rest(arrow.unit * (whole - np.einsum("gij,gi->j", arrow.reach, local)))
-    return np.concatenate([(np.einsum("gij,gj->gi", arrow.inverse, local) - arrow.reach @ y).ravel(), y])
+    (local, whole), reach = arrow.split(b), arrow.reach.reshape(arrow.k * arrow.r, arrow.q)
+    y = arrow.unit * arrow.rest(arrow.unit * (whole - local.ravel() @ reach))
+    return np.concatenate([(arrow.inverse @ local[:, :, None]).ravel() - reach @ y, y])
 
 # %% ../nbs/06_structured.ipynb #34fb26d0
 def line_search(slope: Callable[[float], tuple[float, float]]) -> float:
