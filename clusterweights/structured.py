@@ -193,7 +193,7 @@ def diagonal(arrow: Arrow) -> np.ndarray:
     return np.concatenate([(arrow.scale**2 * arrow.products[:, arrow.column, arrow.column]).ravel(), whole])
 
 # %% ../nbs/06_structured.ipynb #9bc137e6
-_SEVERAL = 2**19     # numbers in the blocks that are inverted at a time, so that copies need little memory
+_SEVERAL = 2**17     # numbers in the blocks that are inverted at a time, so that copies need little memory
 _POOR = 1e3          # a row of which the others explain all but a thousandth is nearly a repetition
 
 
