@@ -19,7 +19,7 @@ from .study import cluster_sums
 
 # %% auto #0
 __all__ = ['SOLVERS', 'BlockSums', 'Constraint', 'Problem', 'centred', 'exact_means', 'exact_totals', 'certify', 'objective',
-           'Closest', 'closest', 'with_tolerance', 'block_bounds', 'Solution', 'solve', 'path']
+           'Closest', 'closest', 'with_tolerance', 'block_bounds', 'Solution', 'solve', 'solve_within', 'path']
 
 # %% ../nbs/05_qp.ipynb #0051d3c2
 _ROWS = 2**13        # units at a time, so that what is made on the way stays small
@@ -573,6 +573,15 @@ def solve(problem: Problem, solver: str = "auto", start: Solution | None = None)
     said = "; ".join(f"{name}: {word}" for name, word in words.items())
     raise SolverError(f"No solver reached a certified answer ({said}; best attempt {best and best.certificate}). A larger lam, "
                       "fewer covariates, or dropping one of two that are nearly the same make the problem easier.", best)
+
+# %% ../nbs/05_qp.ipynb #5e70aa22
+def solve_within(problem: Problem, tolerance: float | str, solver: str = "auto") -> Solution:
+    "`solve` the problem `with_tolerance`. Raises as both."
+    if isinstance(tolerance, str) and tolerance == "auto" and solver in ("auto", "structured"):
+        exact, _ = _attempt(with_tolerance(problem, 0.0), "structured", None)
+        if exact is not None and exact.certificate.ok:
+            return exact
+    return solve(with_tolerance(problem, tolerance), solver)
 
 # %% ../nbs/05_qp.ipynb #0167a740
 def _ahead(before: Sequence[tuple], lam: float) -> list[np.ndarray] | None:
