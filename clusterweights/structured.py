@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from fastcore.basics import patch
@@ -297,6 +297,7 @@ def line_search(slope: Callable[[float], tuple[float, float]]) -> float:
 
 # %% ../nbs/06_structured.ipynb #de1278e0
 _MOST_STEPS = 150
+_SHORT, _DETOUR = 0.1, 3   # a step shorter than this leads to a detour over 10, ..., 10**3 times the price
 _TOTALS_RIDGE = 1e-12      # keeps the equations solvable where rows repeat each other or a cluster has no free unit
 _ROUNDING = 1e-10          # a gradient this small, relative to what a row could add up to, is none
 _DIVERGED = 1e100          # no multiplier of a problem that can be solved is near this
@@ -369,11 +370,21 @@ def slope(self: Newton, y: np.ndarray, z: np.ndarray, step: np.ndarray, dz: np.n
 def run(self: Newton, lam: float = 1.0, start: Sequence[np.ndarray] | None = None) -> NewtonResult:
     "Maximise the dual with every ridge multiplied by `lam`, from `start` (`duals` of another result; default: 0), and refine the weights."
     with _threads().limit(limits=1, user_api="blas"):
-        return self._ascend(lam, start)
+        lams, found = [lam], [self._ascend(lam, start, patient=start is not None)]
+        while not found[-1].converged and start is None and len(lams) <= _DETOUR:
+            lams.append(10 * lams[-1])
+            found.append(self._ascend(lams[-1], None, patient=False))
+        for nearer in lams[-2::-1]:
+            if found[-1].converged:
+                found.append(self._ascend(nearer, found[-1].duals))
+        if start is None and len(found) < 2 * len(lams) - 1:
+            found.append(self._ascend(lam, None))
+    return replace(found[-1], history=tuple(step for result in found for step in result.history))
 
 
 @patch
-def _ascend(self: Newton, lam: float, start: Sequence[np.ndarray] | None) -> NewtonResult:
+def _ascend(self: Newton, lam: float, start: Sequence[np.ndarray] | None, patient: bool = True) -> NewtonResult:
+    "One ascent; if not `patient`, it stops at the first short step."
     arrow, soft, loose = self.arrow, lam * self.soft, self.slack > 0
     y = np.zeros(len(soft)) if start is None else flatten(arrow, start) / (lam * self.row)
     z = -index(arrow, y) / self.ridge
@@ -394,6 +405,8 @@ def _ascend(self: Newton, lam: float, start: Sequence[np.ndarray] | None) -> New
             changes = int((free != w).sum() + (within != inside).sum())
             w, inside = free, within
             history.append((length, changes))
+            if changes and length < _SHORT and not patient:
+                break
             if changes or abs(length - 1) > 0.1:
                 continue
         if len(widths) == 1:
