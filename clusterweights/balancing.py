@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from .core import InputError
-from .qp import BlockSums, Constraint, Problem, Solution, block_bounds, centred, exact_means, exact_totals, solve, with_tolerance
+from .qp import BlockSums, Constraint, Problem, Solution, block_bounds, centred, exact_means, exact_totals, solve_within
 from .study import Study
 from .weights import Weights, arms, method, weigh
 
@@ -32,7 +32,7 @@ def solve_balancing(x: np.ndarray, target_mean: np.ndarray, target_total: float,
     lower, upper = block_bounds(bounds, max_share, whole, total)
     problem = Problem(BlockSums(np.zeros((len(x), 1)), whole, np.ones(1)), np.zeros((1, 1)), 1 / (total[0] ** 2 * base),
                       (exact_means(x, mean, total, names=names, spread=spread), exact_totals(whole, total, ["all"])), lower, upper)
-    return solve(with_tolerance(problem, tolerance), solver)
+    return solve_within(problem, tolerance, solver)
 
 # %% ../nbs/10_balancing.ipynb #d6bc3be5
 @method("balancing", "Balancing, no clusters", outcome_model="covariates", estimands=("ATT", "ATC", "ATE", "ATO"), whole_clusters=True,
@@ -80,7 +80,7 @@ def solve_overlap(x_control: np.ndarray, x_treated: np.ndarray, *, base_control:
                        names if names is not None else range(x.shape[1]), unit=np.where(spread > 0, spread, 1.0)[None])
     problem = Problem(BlockSums(np.zeros((n, 1)), np.array([0, n]), np.ones(1)), np.zeros((1, 1)), 1 / (totals[arm] ** 2 * base),
                       (equal, exact_totals(starts, totals, ["controls", "treated"])), lower, upper)
-    return solve(with_tolerance(problem, tolerance), solver)
+    return solve_within(problem, tolerance, solver)
 
 
 def _overlap_weights(study: Study, params: dict) -> Weights:

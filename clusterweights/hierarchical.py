@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from .core import InfeasibleError, InputError, counted, listed, nearest
-from .qp import (BlockSums, Problem, Solution, block_bounds, centred, closest, exact_means, exact_totals, solve,
-                               with_tolerance)
+from .qp import (BlockSums, Problem, Solution, block_bounds, centred, closest, exact_means, exact_totals,
+                               solve_within)
 from .study import Study
 from .weights import FRAMEWORK_PAPER, Weights, method, resolve_lam, weigh
 
@@ -44,7 +44,7 @@ def solve_hierarchical(x: np.ndarray, starts: np.ndarray, target_mean: np.ndarra
                       (exact_means(x, target_mean, target_total, names=names, spread=spread), exact_totals(starts, target_total, labels)),
                       lower, upper)
     try:
-        return solve(with_tolerance(problem, tolerance), solver)
+        return solve_within(problem, tolerance, solver)
     except InfeasibleError as error:
         raise _blame(error, problem, starts, target_mean, target_total) from None
 

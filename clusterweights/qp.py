@@ -19,9 +19,12 @@ from .study import cluster_sums
 
 # %% auto #0
 __all__ = ['SOLVERS', 'BlockSums', 'Constraint', 'Problem', 'centred', 'exact_means', 'exact_totals', 'certify', 'objective',
-           'Closest', 'closest', 'with_tolerance', 'block_bounds', 'Solution', 'solve', 'path']
+           'Closest', 'closest', 'with_tolerance', 'block_bounds', 'Solution', 'solve', 'solve_within', 'path']
 
 # %% ../nbs/05_qp.ipynb #0051d3c2
+_ROWS = 2**13        # units at a time, so that what is made on the way stays small
+
+
 @dataclass(frozen=True)
 class BlockSums:
     """The linear map γ ↦ scale_g · Σ_{i in block g} γ_i x_i.
@@ -36,13 +39,23 @@ class BlockSums:
         "(n,) the block of each unit."
         return np.repeat(np.arange(len(self.scale)), np.diff(self.starts))
 
+    @cached_property
+    def largest(self) -> np.ndarray:
+        "(K, d) the largest |feature| of each block."
+        n, first = len(self.x), self.starts[:-1]
+        cuts = np.union1d(first, np.arange(0, n, _ROWS))
+        pieces = [np.maximum.reduceat(np.abs(self.x[a:a + _ROWS]), cuts[(cuts >= a) & (cuts < a + _ROWS)] - a, axis=0) for a in range(0, n, _ROWS)]
+        return np.maximum.reduceat(np.concatenate(pieces), np.searchsorted(cuts, first), axis=0)
+
     def __call__(self, weights: np.ndarray) -> np.ndarray:
         "(n,) weights → (K, d) sums."
-        return self.scale[:, None] * cluster_sums(weights[:, None] * self.x, self.starts)
+        k, n = len(self.scale), len(self.x)
+        return self.scale[:, None] * (sparse.csr_array((weights, np.arange(n), self.starts), shape=(k, n)) @ self.x)
 
     def adjoint(self, duals: np.ndarray) -> np.ndarray:
         "(K, d) → (n,): for each unit, its block's dual times its features."
-        return np.einsum("ij,ij->i", self.x, (self.scale[:, None] * duals)[self.block])
+        scaled = self.scale[:, None] * duals
+        return np.concatenate([np.einsum("ij,ij->i", self.x[a:a + _ROWS], scaled[self.block[a:a + _ROWS]]) for a in range(0, len(self.x), _ROWS)])
 
     def matrix(self) -> sparse.csc_matrix:
         "The map as a sparse (K·d, n) matrix with n·d entries."
@@ -151,6 +164,11 @@ def certify(problem: Problem, weights: np.ndarray, multipliers: Sequence[np.ndar
     imbalance : y, one array for each of the problem's penalties (default: Bγ − b at `weights`). Where the ridge is small, rounding errors of that difference,
     divided by the ridge, swamp the weights; a solver's own y has no such errors.
     Source: optimality conditions of a convex quadratic programme, Boyd & Vandenberghe (2004), sections 5.1 and 5.5."""
+    return _judge(problem, weights, multipliers, imbalance)[0]
+
+
+def _judge(problem: Problem, weights: np.ndarray, multipliers: Sequence[np.ndarray], imbalance: Sequence[np.ndarray] | None) -> tuple[Certificate, float]:
+    "What `certify` returns, and the objective."
     p, scale = problem, np.abs(weights).mean() or 1.0
     equality, linear, dual = 0.0, np.zeros(p.n), 0.0
     for c, nu in zip(p.constraints, multipliers):
@@ -165,22 +183,25 @@ def certify(problem: Problem, weights: np.ndarray, multipliers: Sequence[np.ndar
         dual -= 0.5 * float((y**2).sum()) + float((y * target).sum())
     best = np.clip(-linear / p.ridge, p.lower, p.upper)
     dual += float((0.5 * p.ridge * best**2 + linear * best).sum())
-    primal = objective(p, weights)
+    primal = _value(p, weights, misses)
     return Certificate(equality=equality, bounds=float(np.maximum(p.lower - weights, weights - p.upper).max(initial=0.0) / scale),
-                       stationarity=float(np.abs(weights - best).max() / scale), gap=(primal - dual) / (primal or 1.0))
+                       stationarity=float(np.abs(weights - best).max() / scale), gap=(primal - dual) / (primal or 1.0)), primal
 
 
 def _largest(miss: np.ndarray, sums: BlockSums, value: np.ndarray, weights: np.ndarray) -> float:
     "The largest miss (K, d) relative to what its row could add up to: the block's largest |feature| times its sum of |weights|, plus |value|."
-    largest = np.maximum.reduceat(np.abs(sums.x), sums.starts[:-1], axis=0)
-    size = np.abs(sums.scale * cluster_sums(np.abs(weights), sums.starts))[:, None] * largest + np.abs(value)
+    size = np.abs(sums.scale * cluster_sums(np.abs(weights), sums.starts))[:, None] * sums.largest + np.abs(value)
     return float(np.divide(miss, size, out=np.zeros_like(size), where=size > 0).max(initial=0.0))
 
 
 def objective(problem: Problem, weights: np.ndarray) -> float:
     "½‖balance(γ) − target‖² + ½‖total_penalty(γ)‖² + ½ Σ ridge_i γ_i² at `weights`."
-    misses = sum(float(((sums(weights) - target) ** 2).sum()) for sums, target in problem.penalties)
-    return 0.5 * (misses + float((problem.ridge * weights**2).sum()))
+    return _value(problem, weights, [sums(weights) - target for sums, target in problem.penalties])
+
+
+def _value(problem: Problem, weights: np.ndarray, misses: Sequence[np.ndarray]) -> float:
+    "The objective, given the difference from each target."
+    return 0.5 * (sum(float((miss**2).sum()) for miss in misses) + float((problem.ridge * weights**2).sum()))
 
 # %% ../nbs/05_qp.ipynb #5f2889a8
 @dataclass(frozen=True)
@@ -487,8 +508,8 @@ class Solution:
 def _solution(problem: Problem, weights: np.ndarray, duals: Sequence[np.ndarray], how: tuple, begin: float) -> Solution:
     "An answer with its certificate; duals : imbalance by penalty and multipliers by constraint. how : solver, status, iterations, polishing steps."
     imbalance, multipliers = duals[:len(problem.penalties)], tuple(duals[len(problem.penalties):])
-    return Solution(weights, multipliers, certify(problem, weights, multipliers, imbalance), *how, objective(problem, weights),
-                    time.perf_counter() - begin, _largest_tolerance(problem))
+    certificate, value = _judge(problem, weights, multipliers, imbalance)
+    return Solution(weights, multipliers, certificate, *how, value, time.perf_counter() - begin, _largest_tolerance(problem))
 
 
 def _own(problem: Problem, start: Solution | None = None) -> tuple[Solution | None, str]:
@@ -553,19 +574,37 @@ def solve(problem: Problem, solver: str = "auto", start: Solution | None = None)
     raise SolverError(f"No solver reached a certified answer ({said}; best attempt {best and best.certificate}). A larger lam, "
                       "fewer covariates, or dropping one of two that are nearly the same make the problem easier.", best)
 
+# %% ../nbs/05_qp.ipynb #5e70aa22
+def solve_within(problem: Problem, tolerance: float | str, solver: str = "auto") -> Solution:
+    "`solve` the problem `with_tolerance`. Raises as both."
+    if isinstance(tolerance, str) and tolerance == "auto" and solver in ("auto", "structured"):
+        exact, _ = _attempt(with_tolerance(problem, 0.0), "structured", None)
+        if exact is not None and exact.certificate.ok:
+            return exact
+    return solve(with_tolerance(problem, tolerance), solver)
+
 # %% ../nbs/05_qp.ipynb #0167a740
+def _ahead(before: Sequence[tuple], lam: float) -> list[np.ndarray] | None:
+    "A guess at the duals at `lam` from the last one or two (lam, duals): the coefficients of the index, duals / lam, as linear in log(lam)."
+    if not before:
+        return None
+    (first, duals), (last, later) = before[0], before[-1]
+    share = np.clip(np.log(lam / last) / np.log(last / first), -1, 2) if last != first else 0.0
+    return [lam * (b / last + share * (b / last - a / first)) for a, b in zip(duals, later)]
+
+
 def path(problem: Problem, lams: Sequence[float]) -> list[Solution]:
     "Solutions with every ridge multiplied by each of `lams` (positive numbers), in their order; fastest if they are sorted, the largest first. Raises as `solve`."
     from clusterweights.structured import Newton
     try:
-        newton, duals, solutions = Newton(problem), None, []
+        newton, before, solutions = Newton(problem), [], []
     except NotImplementedError:
         return [solve(replace(problem, ridge=lam * problem.ridge)) for lam in lams]
     for lam in lams:
         begin, scaled = time.perf_counter(), replace(problem, ridge=lam * problem.ridge)
         with np.errstate(all="ignore"):
-            result = newton.run(lam, duals)
+            result = newton.run(lam, _ahead(before, lam))
             found = _solution(scaled, result.weights, result.duals, ("structured", "solved", result.steps, 0), begin)
-        duals = result.duals if found.certificate.ok else None
+        before = [*before[-1:], (lam, result.duals)] if found.certificate.ok else []
         solutions.append(found if found.certificate.ok else solve(scaled))
     return solutions

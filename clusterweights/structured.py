@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from fastcore.basics import patch
@@ -184,7 +184,8 @@ def diagonal(arrow: Arrow) -> np.ndarray:
     return np.concatenate([(arrow.scale**2 * arrow.products[:, arrow.column, arrow.column]).ravel(), whole])
 
 # %% ../nbs/06_structured.ipynb #9bc137e6
-_SEVERAL = 2**21     # numbers in the blocks that are inverted at a time, so that copies need little memory
+_SEVERAL = 2**17     # numbers in the blocks that are inverted at a time, so that copies need little memory
+_POOR = 1e3          # a row of which the others explain all but a thousandth is nearly a repetition
 
 
 def eliminate(arrow: Arrow, c: np.ndarray) -> None:
@@ -210,13 +211,43 @@ def eliminate(arrow: Arrow, c: np.ndarray) -> None:
 def _eliminate_blocks(arrow: Arrow, now: np.ndarray | slice, c: np.ndarray) -> None:
     "Invert the blocks of the clusters `now`, c : (K, r) to be added to their diagonals; and find what they do to the overall rows."
     scale, columns, j = arrow.scale[now], _picked(arrow.column), np.arange(arrow.r)
-    block = arrow.products[now][:, columns] * scale[:, :, None]
-    border = block[:, :, _picked(arrow.shared)] * arrow.factor if arrow.nested else arrow.border[now]
-    block = block[:, :, columns] * scale[:, None, :]
+    block = arrow.products[now][:, columns][:, :, columns] * scale[:, :, None]
+    block *= scale[:, None, :]
+    border = block[:, :, _picked(arrow.match)] * (arrow.factor / scale[:, arrow.match])[:, None] if arrow.nested else arrow.border[now]
     block[:, j, j] = block[:, j, j] * (1 + 1e-14) + c[now]                # a trifle more than asked, so that no block is singular
-    arrow.inverse[now] = np.linalg.inv(block)
-    reach = arrow.inverse[now] @ border
-    arrow.reach[now] = reach + arrow.inverse[now] @ (border - block @ reach)
+    root = np.zeros_like(block)
+    _invert_root(block, root)
+    inverse = root.transpose(0, 2, 1) @ root
+    poor = np.flatnonzero((block[:, j, j] * root[:, j, j]**2).max(axis=1, initial=0.0) > _POOR)
+    inverse[poor] = np.linalg.inv(block[poor])
+    reach = inverse @ border
+    reach[poor] += inverse[poor] @ (border[poor] - block[poor] @ reach[poor])
+    arrow.inverse[now], arrow.reach[now] = inverse, reach
+
+
+def _invert_root(a: np.ndarray, out: np.ndarray) -> None:
+    """Put the inverse of the lower triangular L, with L L' = a, into `out` (zeros), for a stack (k, r, r) of positive definite a.
+
+    By halves, since products of whole stacks are far faster than a factorisation of each matrix, and products of half the size most of the work."""
+    half = a.shape[-1] // 2
+    if half < 6:
+        return _invert_small_root(a, out)
+    _invert_root(a[:, :half, :half], out[:, :half, :half])
+    below = a[:, half:, :half] @ out[:, :half, :half].transpose(0, 2, 1)
+    _invert_root(a[:, half:, half:] - below @ below.transpose(0, 2, 1), out[:, half:, half:])
+    np.matmul(out[:, half:, half:], -below @ out[:, :half, :half], out=out[:, half:, :half])
+
+
+def _invert_small_root(a: np.ndarray, out: np.ndarray) -> None:
+    "The same row by row, with the stack as the last axis."
+    a, x = a.transpose(1, 2, 0).copy(), out.transpose(1, 2, 0)
+    inner = np.zeros_like(a)
+    for i in range(len(a)):
+        row = np.einsum("jkg,kg->jg", inner[:i, :i], a[i, :i])
+        root = 1 / np.sqrt(np.maximum(a[i, i] - (row**2).sum(axis=0), 1e-15 * a[i, i]))        # rounding errors may leave nothing
+        inner[i, :i] = -root * np.einsum("jg,jkg->kg", row, inner[:i, :i])
+        inner[i, i] = root
+    x[:] = inner
 
 
 def _inverse(s: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
@@ -237,9 +268,9 @@ def _inverse(s: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
 
 def newton_step(arrow: Arrow, b: np.ndarray) -> np.ndarray:
     "The flat solution of (R W R' + diag(c)) y = b."
-    local, whole = arrow.split(b)
-    y = arrow.unit * arrow.rest(arrow.unit * (whole - np.einsum("gij,gi->j", arrow.reach, local)))
-    return np.concatenate([(np.einsum("gij,gj->gi", arrow.inverse, local) - arrow.reach @ y).ravel(), y])
+    (local, whole), reach = arrow.split(b), arrow.reach.reshape(arrow.k * arrow.r, arrow.q)
+    y = arrow.unit * arrow.rest(arrow.unit * (whole - local.ravel() @ reach))
+    return np.concatenate([(arrow.inverse @ local[:, :, None]).ravel() - reach @ y, y])
 
 # %% ../nbs/06_structured.ipynb #34fb26d0
 def line_search(slope: Callable[[float], tuple[float, float]]) -> float:
@@ -257,6 +288,7 @@ def line_search(slope: Callable[[float], tuple[float, float]]) -> float:
 
 # %% ../nbs/06_structured.ipynb #de1278e0
 _MOST_STEPS = 150
+_SHORT, _DETOUR = 0.1, 3   # a step shorter than this leads to a detour over 10, ..., 10**3 times the price
 _TOTALS_RIDGE = 1e-12      # keeps the equations solvable where rows repeat each other or a cluster has no free unit
 _ROUNDING = 1e-10          # a gradient this small, relative to what a row could add up to, is none
 _DIVERGED = 1e100          # no multiplier of a problem that can be solved is near this
@@ -321,11 +353,21 @@ def slope(self: Newton, y: np.ndarray, z: np.ndarray, step: np.ndarray, dz: np.n
 def run(self: Newton, lam: float = 1.0, start: Sequence[np.ndarray] | None = None) -> NewtonResult:
     "Maximise the dual with every ridge multiplied by `lam`, from `start` (`duals` of another result; default: 0), and refine the weights."
     with one_thread():
-        return self._ascend(lam, start)
+        lams, found = [lam], [self._ascend(lam, start, patient=start is not None)]
+        while not found[-1].converged and start is None and len(lams) <= _DETOUR:
+            lams.append(10 * lams[-1])
+            found.append(self._ascend(lams[-1], None, patient=False))
+        for nearer in lams[-2::-1]:
+            if found[-1].converged:
+                found.append(self._ascend(nearer, found[-1].duals))
+        if start is None and len(found) < 2 * len(lams) - 1:
+            found.append(self._ascend(lam, None))
+    return replace(found[-1], history=tuple(step for result in found for step in result.history))
 
 
 @patch
-def _ascend(self: Newton, lam: float, start: Sequence[np.ndarray] | None) -> NewtonResult:
+def _ascend(self: Newton, lam: float, start: Sequence[np.ndarray] | None, patient: bool = True) -> NewtonResult:
+    "One ascent; if not `patient`, it stops at the first short step."
     arrow, soft, loose = self.arrow, lam * self.soft, self.slack > 0
     y = np.zeros(len(soft)) if start is None else flatten(arrow, start) / (lam * self.row)
     z = -index(arrow, y) / self.ridge
@@ -346,6 +388,8 @@ def _ascend(self: Newton, lam: float, start: Sequence[np.ndarray] | None) -> New
             changes = int((free != w).sum() + (within != inside).sum())
             w, inside = free, within
             history.append((length, changes))
+            if changes and length < _SHORT and not patient:
+                break
             if changes or abs(length - 1) > 0.1:
                 continue
         if len(widths) == 1:
