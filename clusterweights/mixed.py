@@ -582,7 +582,7 @@ def _check_finite(f, theta: np.ndarray, information: np.ndarray, free: np.ndarra
     errors = np.sqrt((vectors**2 / np.maximum(values, 1e-300)).sum(axis=1))[:p]
     far = np.flatnonzero((np.abs(theta[1:p]) > 5) & (errors[1:] > 20 * np.abs(theta[1:p])))
     if len(far) or np.abs(theta[p:]).max() > _DIVERGED:
-        far = far if len(far) else np.flatnonzero(np.abs(theta[1:p]) > _DIVERGED)
+        far = far if len(far) else np.flatnonzero(np.abs(theta[1:p]) > 5)
         named = f"The coefficients concerned are those of {listed([names[j] for j in far])}. " if len(far) else ""
         raise EstimationError("The estimates grow without limit: within clusters the covariates, or clusters themselves, predict treatment with certainty. "
                               f"{named}Use fewer covariates, merge clusters, or fit without random effects.")
