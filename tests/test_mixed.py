@@ -44,7 +44,8 @@ GLMER = {"hsb_minority": ("school", "minority", ["ses", "female"]), "sim001_rho0
 @pytest.mark.parametrize("case", GLMER)
 def test_glmer(case, nodes):
     folder, (cluster, treat, covs) = REFERENCE / "glmer" / case, GLMER[case]
-    data = pd.read_csv(folder / "data.csv.gz").assign(fitted=pd.read_csv(folder / "fitted.csv.gz")[f"fitted_nAGQ{nodes}"]).sort_values(cluster, kind="stable")
+    data = pd.read_csv(folder / "data.csv.gz").assign(fitted=pd.read_csv(folder / "fitted.csv.gz")[f"fitted_nAGQ{nodes}"])
+    data = data.sort_values(cluster, kind="stable")
     effects = pd.read_csv(folder / "ranef.csv").set_index("cluster").loc[data[cluster].unique()]
     expected = json.loads((folder / "expected.json").read_text())["fits"][f"nAGQ{nodes}"]
     fit = fit_logistic_mixed(data[covs], data[treat], starts_of(data[cluster]), nodes=nodes, names=covs)
@@ -99,7 +100,8 @@ def dense_loglik(theta, x, y, starts, q, d, reml):
     beta = np.linalg.solve(xvx, design.T @ np.linalg.solve(v, y))
     e = y - design @ beta
     nu = len(y) - reml * design.shape[1]
-    return -0.5 * (nu * np.log(2 * np.pi) + np.linalg.slogdet(v)[1] + e @ np.linalg.solve(v, e) + reml * np.linalg.slogdet(xvx)[1]), beta, np.linalg.inv(xvx)
+    value = nu * np.log(2 * np.pi) + np.linalg.slogdet(v)[1] + e @ np.linalg.solve(v, e) + reml * np.linalg.slogdet(xvx)[1]
+    return -value / 2, beta, np.linalg.inv(xvx)
 
 
 @pytest.mark.parametrize("method", ["reml", "ml"])
@@ -327,7 +329,8 @@ WRONG = {
     "all treated": (lambda x, z, s: fit_logistic_mixed(x, z | True, s), EstimationError, "1 for everybody"),
     "whole clusters": (lambda x, z, s: fit_logistic_mixed(x, np.repeat(np.arange(10) % 2, np.diff(s)), s), EstimationError, "No cluster has both"),
     "constant": (lambda x, z, s: fit_logistic_mixed(np.c_[x, 0 * x[:, 0] + 3], z, s), InputError, "Constant: 'x3'"),
-    "collinear": (lambda x, z, s: fit_logistic_mixed(np.c_[x, x[:, 0] - 2 * x[:, 1] + 1], z, s), InputError, "'x3' is a combination of 'x1' and 'x2'"),
+    "collinear": (lambda x, z, s: fit_logistic_mixed(np.c_[x, x[:, 0] - 2 * x[:, 1] + 1], z, s),
+                  InputError, "'x3' is a combination of 'x1' and 'x2'"),
     "names": (lambda x, z, s: fit_logistic_mixed(x, z, s, names=["a"]), InputError, "1 name for 2 columns"),
     "unknown slope": (lambda x, z, s: fit_logistic_mixed(x, z, s, slopes=["x7"]), InputError, "no column 'x7'"),
     "slope twice": (lambda x, z, s: fit_logistic_mixed(x, z, s, slopes=["x1", 0]), InputError, "each once"),
@@ -335,15 +338,18 @@ WRONG = {
     "nodes with slopes": (lambda x, z, s: fit_logistic_mixed(x, z, s, slopes=[0], nodes=25), InputError, "Laplace"),
     "covariance alone": (lambda x, z, s: fit_logistic_mixed(x, z, s, covariance="full"), InputError, "slopes="),
     "covariance": (lambda x, z, s: fit_logistic_mixed(x, z, s, slopes=[0], covariance="ful"), InputError, "'full'"),
-    "too many effects": (lambda x, z, s: fit_logistic_mixed(np.c_[x, x**2], z, s, slopes=range(4), covariance="full"), EstimationError, "10 clusters are too few for the 15"),
+    "too many effects": (lambda x, z, s: fit_logistic_mixed(np.c_[x, x**2], z, s, slopes=range(4), covariance="full"),
+                         EstimationError, "10 clusters are too few for the 15"),
     "too few units": (lambda x, z, s: fit_logistic_mixed(x[:4], [1, 0, 1, 0], [0, 2, 4]), EstimationError, "4 units are too few"),
-    "separated": (lambda x, z, s: fit_logistic_mixed(np.c_[x, (x[:, 0] > 1) & z], z, s, names=["a", "b", "refugee"]), EstimationError, "'refugee' predicts"),
+    "separated": (lambda x, z, s: fit_logistic_mixed(np.c_[x, (x[:, 0] > 1) & z], z, s, names=["a", "b", "refugee"]),
+                  EstimationError, "'refugee' predicts"),
     "method": (lambda x, z, s: fit_linear_mixed(x, x[:, 0] + z, s, method="rml"), InputError, "'reml'"),
     "precision": (lambda x, z, s: fit_linear_mixed(x, x[:, 0] + z, s, precision=np.zeros(len(x))), InputError, "must be positive"),
     "ratio": (lambda x, z, s: fit_linear_mixed(x, x[:, 0] + z, s, ratio=-1.0), InputError, "ratio=-1.0"),
     "constant y": (lambda x, z, s: fit_linear_mixed(x, np.ones(len(x)), s), EstimationError, "y is constant"),
     "explained": (lambda x, z, s: fit_linear_mixed(x, x @ [1, 2], s), EstimationError, "completely"),
-    "nothing within": (lambda x, z, s: fit_linear_mixed(x[:, :0], np.repeat(np.arange(10.0) ** 2, np.diff(s)), s), EstimationError, "Nothing varies within"),
+    "nothing within": (lambda x, z, s: fit_linear_mixed(x[:, :0], np.repeat(np.arange(10.0) ** 2, np.diff(s)), s),
+                       EstimationError, "Nothing varies within"),
 }
 
 
