@@ -8,10 +8,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pe
 FACTS := setup.py settings.ini
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench export readme site clean
+.PHONY: help demo test bench bench-mixed export readme site clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
 
 demo: $(VENV)/installed ## install the package and run its demonstration
 	$(BIN)/clusterweights demo
@@ -21,6 +21,10 @@ test: $(VENV)/developing ## run every test: those in the notebooks and those in 
 
 bench: $(VENV)/developing ## time the solvers, for benchmarks/results.md (SIZES="S M" for some)
 	$(BIN)/python benchmarks/solvers.py $(if $(SIZES),--sizes $(SIZES))
+
+bench-mixed: $(VENV)/developing ## time the mixed models, for benchmarks/mixed_results.md (TASKS="education linear" for some)
+	$(PIP) gpboost
+	$(BIN)/python benchmarks/mixed.py $(if $(TASKS),--tasks $(TASKS))
 
 export: $(VENV)/developing ## write the modules from the notebooks, and strip outputs
 	$(BIN)/nbdev_export

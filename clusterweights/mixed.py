@@ -81,7 +81,8 @@ def _check_rank(x: np.ndarray, names: Sequence[str]) -> None:
         before = np.linalg.lstsq(gram[1:j, 1:j], gram[1:j, j], rcond=None)[0]
         if gram[j, j] - gram[1:j, j] @ before < 1e-9:
             made_of = [names[i] for i in np.flatnonzero(np.abs(before) > 1e-6)]
-            raise InputError(f"{names[j - 1]!r} is a combination of {listed(made_of)} (and a constant): its coefficient is not determined. Leave one out.")
+            raise InputError(f"{names[j - 1]!r} is a combination of {listed(made_of)} (and a constant): its coefficient is not determined. "
+                             "Leave one out.")
 
 # %% ../nbs/04_mixed.ipynb #ce84cad5
 def _chunks(first: np.ndarray, most: int) -> Iterator[tuple[slice, slice]]:
@@ -131,9 +132,10 @@ class _ClusterProducts:
 class Convergence:
     """Evidence that a fit has arrived at a maximum.
 
-    gradient : the largest slope of the log-likelihood in any parameter that is not at its boundary, per standard deviation of a covariate. curvature : the smallest eigenvalue of the information matrix of the
-    parameters that are not at their boundary, scaled to a unit diagonal: negative at a saddle, near 0 where the likelihood is flat. Linear model: the curvature in the logarithm of the ratio, NaN at the boundary.
-    iterations : how many steps were made."""
+    gradient : the largest slope of the log-likelihood in any parameter that is not at its boundary, per standard deviation of a covariate.
+    curvature : the smallest eigenvalue of the information matrix of the parameters that are not at their boundary, scaled to a unit
+    diagonal: negative at a saddle, near 0 where the likelihood is flat. Linear model: the curvature in the logarithm of the ratio, NaN at
+    the boundary. iterations : how many steps were made."""
     gradient: float
     curvature: float
     iterations: int
@@ -171,7 +173,8 @@ def _locate(cluster, n: int, k: int) -> np.ndarray:
     "(n,) cluster numbers, −1 for clusters that were not in the fit; None means that for all."
     out = np.full(n, -1) if cluster is None else np.asarray(cluster)
     if out.shape != (n,) or out.dtype.kind not in "iu" or (out < -1).any() or (out >= k).any():
-        raise InputError(f"cluster must hold one integer for each of the {counted(n, 'row')} of x: 0 to {k - 1}, or -1 for a cluster that was not in the fit.")
+        raise InputError(f"cluster must hold one integer for each of the {counted(n, 'row')} of x: 0 to {k - 1}, "
+                         "or -1 for a cluster that was not in the fit.")
     return out
 
 
@@ -184,9 +187,10 @@ def _coefficient_table(title: str, names: Sequence[str], coef: np.ndarray, std_e
 class LinearMixed:
     """A fitted linear model with random intercepts, K clusters and p coefficients, the intercept first.
 
-    coef : (p,) and cov : (p, p) their covariance given the variances. between, within : the variances of cluster effects and of units (at relative variance and precision 1).
-    effects, effect_variances : (K,) best linear unbiased predictors and conditional variances. fitted : (n,) with the effects. loglik : by `method`. boundary : whether
-    the variance between clusters is exactly zero. convergence : see `Convergence`; None if the ratio of the variances was given."""
+    coef : (p,) and cov : (p, p) their covariance given the variances. between, within : the variances of cluster effects and of units (at
+    relative variance and precision 1). effects, effect_variances : (K,) best linear unbiased predictors and conditional variances. fitted :
+    (n,) with the effects. loglik : by `method`. boundary : whether the variance between clusters is exactly zero. convergence : see
+    `Convergence`; None if the ratio of the variances was given."""
     names: tuple[str, ...]
     method: str
     coef: np.ndarray
@@ -209,14 +213,15 @@ class LinearMixed:
         return self.between / (self.between + self.within)
 
     def predict(self, x, cluster=None) -> np.ndarray:
-        "(m,) expected outcomes for (m, d) covariates. cluster : (m,) numbers of clusters in the fit, -1 for others (default: all others, with effect 0)."
+        "(m,) expected outcomes for (m, d) covariates. cluster : (m,) numbers of clusters in the fit, -1 (default) for others, with effect 0."
         x = _numbers(x, "x", (-1, len(self.names)))
         return self.coef[0] + x @ self.coef[1:] + np.r_[self.effects, 0.0][_locate(cluster, len(x), len(self.effects))]
 
     def summary(self) -> Table:
         "The coefficients as a `Table`, the variances in its notes."
         return _coefficient_table(f"Linear mixed model by {self.method.upper()}", self.names, self.coef, self.std_error, [
-            f"{counted(len(self.fitted), 'unit')} in {counted(len(self.effects), 'cluster')}. Variance between clusters {self.between:.4g}, within {self.within:.4g}; ICC {self.icc:.3f}.",
+            f"{counted(len(self.fitted), 'unit')} in {counted(len(self.effects), 'cluster')}. "
+            f"Variance between clusters {self.between:.4g}, within {self.within:.4g}; ICC {self.icc:.3f}.",
             "The variance between clusters is estimated as exactly zero (boundary)." if self.boundary else "",
             f"Log-likelihood {self.loglik:.3f}; {'ratio of the variances given' if self.convergence is None else self.convergence}."])
 
@@ -229,9 +234,10 @@ def fit_linear_mixed(x, y, starts, *, method: str = "reml", precision=None, rela
                      names: Sequence[str] | None = None) -> LinearMixed:
     """Linear model with random intercepts, y = x'β + u + e, by exact profile likelihood.
 
-    x : (n, d) covariates without intercept (it is added), y : (n,), sorted by cluster. starts : (K + 1,), cluster g is rows starts[g] to starts[g + 1] − 1, none empty. method : "reml" or "ml".
-    precision : (n,) known q, var(e) = σ²_e/q (default 1). relative_variance : (K,) known d, var(u) = σ²_u·d (default 1). ratio : σ²_u/σ²_e where it is known (default: estimated).
-    names : of the columns of x. Raises `InputError` for missing values, constant or collinear columns, and `EstimationError` for data that cannot tell the variances apart.
+    x : (n, d) covariates without intercept (it is added), y : (n,), sorted by cluster. starts : (K + 1,), cluster g is rows starts[g] to
+    starts[g + 1] − 1, none empty. method : "reml" or "ml". precision : (n,) known q, var(e) = σ²_e/q (default 1). relative_variance : (K,)
+    known d, var(u) = σ²_u·d (default 1). ratio : σ²_u/σ²_e where it is known (default: estimated). names : of the columns of x. Raises
+    `InputError` for missing values, constant or collinear columns, and `EstimationError` for data that cannot tell the variances apart.
     Time n d² once, then K d² for each value of the ratio. Source: Searle, Casella & McCulloch (1992), chapter 6."""
     if method not in ("reml", "ml"):
         raise InputError(f"Unknown method {method!r}." + nearest(method, ["reml", "ml"]))
@@ -262,7 +268,8 @@ def _check_variation(products: _ClusterProducts, n: int, k: int, y: np.ndarray, 
     if np.ptp(y) == 0:
         raise EstimationError("y is constant.")
     if ratio is None and n == k:
-        raise EstimationError("Every cluster has a single unit: variation between clusters cannot be told from variation within. Give `ratio` if it is known.")
+        raise EstimationError("Every cluster has a single unit: variation between clusters cannot be told from variation within. "
+                              "Give `ratio` if it is known.")
     if products.solve(0.0)[2] <= 1e-12 * ((y - y.mean()) ** 2).sum():
         raise EstimationError("The covariates explain y completely: no variance is left to be divided.")
 
@@ -388,7 +395,8 @@ def at_nodes(self: _RandomIntercept, theta: np.ndarray, modes: _Modes, nodes: in
         share = np.exp(logs - top[:, None])
         total = share.sum(axis=1)
         q *= sign
-        yield _Nodes(rows, clusters, local, v, share / total[:, None], cluster_sums(q, local), q, top + np.log(total) - np.log(np.pi * modes.h[clusters]) / 2)
+        log_integral = top + np.log(total) - np.log(np.pi * modes.h[clusters]) / 2
+        yield _Nodes(rows, clusters, local, v, share / total[:, None], cluster_sums(q, local), q, log_integral)
 
 
 @patch
@@ -407,7 +415,9 @@ def value(self: _RandomIntercept, theta: np.ndarray, nodes: int) -> tuple[float,
 
 
 @patch
-def _assemble(self: _RandomIntercept, value: float, residuals: np.ndarray, m: _Modes, sigma: float, a: np.ndarray, b: np.ndarray, direct: np.ndarray) -> tuple:
+def _assemble(self: _RandomIntercept, value: float, residuals: np.ndarray, m: _Modes, sigma: float, a: np.ndarray, b: np.ndarray,
+              direct: np.ndarray) -> tuple[float, np.ndarray]:
+    "The value and its gradient, from averages over nodes."
     total = self.sums(m.t)
     moved = (m.residuals - sigma * m.v * m.weights) / m.h
     width = -(2 * sigma * m.weights + sigma**2 * total * (m.v + sigma * moved)) / (2 * m.h)
@@ -522,8 +532,9 @@ def _separated_by(x: np.ndarray, z: np.ndarray) -> np.ndarray:
 
 def _raise_separated(names: list[str], count: int | None = None) -> None:
     units = "" if count is None else f", for {counted(count, 'unit')}"
-    raise EstimationError(f"Separation: {'' if len(names) == 1 else 'a combination of '}{listed(names)} predicts treatment with certainty{units}, so that there is no finite estimate. "
-                          "Leave out or merge these, or restrict the data to where both arms are found.")
+    what = listed(names) if len(names) == 1 else f"a combination of {listed(names)}"
+    raise EstimationError(f"Separation: {what} predicts treatment with certainty{units}, so that there is no finite estimate. "
+                          "Leave out or merge columns, or restrict the data to where both arms are found.")
 
 
 def _without_levels(design: _Design, z: np.ndarray) -> np.ndarray:
@@ -557,7 +568,7 @@ _SMALL, _PROBE, _DIVERGED = 1e-4, 1e-3, 20.0
 
 
 def _settled(f, theta: np.ndarray, maximise) -> tuple[np.ndarray, int]:
-    "The maximum; standard deviations that went to zero are set to zero if they belong there, and sent away if not. maximise : theta → theta, steps."
+    "The maximum; standard deviations that went to zero are set to it if they belong there, else sent away. maximise : theta → theta, steps."
     total = 0
     for _ in range(4):
         theta, steps = maximise(theta)
@@ -582,10 +593,10 @@ def _check_finite(f, theta: np.ndarray, information: np.ndarray, free: np.ndarra
     errors = np.sqrt((vectors**2 / np.maximum(values, 1e-300)).sum(axis=1))[:p]
     far = np.flatnonzero((np.abs(theta[1:p]) > 5) & (errors[1:] > 20 * np.abs(theta[1:p])))
     if len(far) or np.abs(theta[p:]).max() > _DIVERGED:
-        far = far if len(far) else np.flatnonzero(np.abs(theta[1:p]) > _DIVERGED)
+        far = far if len(far) else np.flatnonzero(np.abs(theta[1:p]) > 5)
         named = f"The coefficients concerned are those of {listed([names[j] for j in far])}. " if len(far) else ""
-        raise EstimationError("The estimates grow without limit: within clusters the covariates, or clusters themselves, predict treatment with certainty. "
-                              f"{named}Use fewer covariates, merge clusters, or fit without random effects.")
+        raise EstimationError("The estimates grow without limit: within clusters the covariates, or clusters themselves, predict treatment "
+                              f"with certainty. {named}Use fewer covariates, merge clusters, or fit without random effects.")
 
 # %% ../nbs/04_mixed.ipynb #2a1a8de8
 def _start_sd(data: _Data, beta: np.ndarray) -> float:
@@ -605,7 +616,10 @@ def _maximise_intercept(f: _RandomIntercept, beta: np.ndarray, nodes: int) -> tu
 
 # %% ../nbs/04_mixed.ipynb #2a6dd151
 class _RandomCoefficients(_Data):
-    "The log-likelihood as a function of theta = (β, entries of Λ), by Laplace. columns : of x whose coefficients vary. full : whether Λ is triangular, or diagonal."
+    """The log-likelihood as a function of theta = (β, entries of Λ), by Laplace.
+
+    columns : of x whose coefficients vary. full : whether Λ is triangular, or diagonal. prior : what is added, times the logarithms of Λ's
+    diagonal."""
 
     def __init__(self, x: np.ndarray, z: np.ndarray, starts: np.ndarray, columns: np.ndarray, full: bool, prior: float = 0.0):
         super().__init__(x, z, starts)
@@ -706,11 +720,13 @@ def _averaged(eta: np.ndarray, sd: np.ndarray | float) -> np.ndarray:
 class LogisticMixed:
     """A fitted mixed logistic model with n units, K clusters, p coefficients (the intercept first) and r effects in each cluster.
 
-    names : of the covariates; random : of the effects, "(intercept)" first. Coefficients of covariates are effects on log-odds in the units of the covariate, random ones too; the random intercept is that of a unit at
-    the means of the covariates with random coefficients (`centre`). coef : (p,). cov : (p, p) their covariance, with a random intercept from the observed information, with random coefficients given the covariance of the effects.
-    covariance : (r, r) of the effects. effects : (K, r) modes, and effect_variances : (K, r) given the estimates. fitted : (n,) chances in the unit's own cluster; averaged : (n,) chances averaged
-    over clusters. loglik : without the prior. nodes : of the quadrature, 1 for Laplace. off_boundary : whether the prior was used. boundary : whether a variance is zero or the covariance lacks full rank.
-    one_arm : how many clusters have treated or untreated units only; singletons : how many have one unit."""
+    names : of the covariates; random : of the effects, "(intercept)" first. Coefficients of covariates are effects on log-odds in the units
+    of the covariate, random ones too; the random intercept is that of a unit at the means of the covariates with random coefficients
+    (`centre`). coef : (p,). cov : (p, p) their covariance, with a random intercept from the observed information, with random coefficients
+    given the covariance of the effects. covariance : (r, r) of the effects. effects : (K, r) modes, and effect_variances : (K, r) given the
+    estimates. fitted : (n,) chances in the unit's own cluster; averaged : (n,) chances averaged over clusters. loglik : without the prior.
+    nodes : of the quadrature, 1 for Laplace. off_boundary : whether the prior was used. boundary : whether a variance is zero or the
+    covariance lacks full rank. one_arm : how many clusters have treated or untreated units only; singletons : how many have one unit."""
     names: tuple[str, ...]
     random: tuple[str, ...]
     coef: np.ndarray
@@ -738,7 +754,9 @@ class LogisticMixed:
         return np.sqrt(np.diag(self.covariance))
 
     def predict(self, x, cluster=None) -> np.ndarray:
-        """(m,) chances for (m, d) covariates. cluster : (m,) numbers of clusters in the fit, whose modes are used; -1 for others, over which the chance is averaged (default: all)."""
+        """(m,) chances for (m, d) covariates.
+
+        cluster : (m,) numbers of clusters in the fit, whose modes are used; -1 (default) for others, over which the chance is averaged."""
         x = _numbers(x, "x", (-1, len(self.names)))
         cluster = _locate(cluster, len(x), len(self.effects))
         eta = self.coef[0] + x @ self.coef[1:]
@@ -750,7 +768,8 @@ class LogisticMixed:
         "The coefficients as a `Table`, what concerns clusters in its notes."
         k, spreads = len(self.effects), ", ".join(f"{name} {sd:.4g}" for name, sd in zip(self.random, self.sd))
         return _coefficient_table("Mixed logistic model", self.names, self.coef, self.std_error, [
-            f"{counted(len(self.fitted), 'unit')} in {counted(k, 'cluster')}, {self.one_arm:,} of them with one arm only, {self.singletons:,} of one unit.",
+            f"{counted(len(self.fitted), 'unit')} in {counted(k, 'cluster')}, {self.one_arm:,} of them with one arm only, "
+            f"{self.singletons:,} of one unit.",
             f"Standard deviations of effects: {spreads}.", self._boundary_note(),
             f"Log-likelihood {self.loglik:.3f} by {'Laplace' if self.nodes == 1 else f'quadrature with {self.nodes} nodes'}"
             f"{', a prior keeping variances off zero' if self.off_boundary else ''}; {self.convergence}."])
@@ -800,7 +819,8 @@ def _checked_arms(z, starts: np.ndarray) -> np.ndarray:
     if z.all() or not z.any():
         raise EstimationError(f"z is {int(z[0])} for everybody: there is nothing to be modelled.")
     if np.isin(share, (0, 1)).all():
-        raise EstimationError("No cluster has both treated and untreated units: cluster effects would predict treatment with certainty. For treatment of whole clusters, model the clusters.")
+        raise EstimationError("No cluster has both treated and untreated units: cluster effects would predict treatment with certainty. "
+                              "For treatment of whole clusters, model the clusters.")
     return z
 
 
@@ -831,13 +851,16 @@ def fit_logistic_mixed(x, z, starts, *, slopes=None, nodes: int | None = None, c
                        names: Sequence[str] | None = None) -> LogisticMixed:
     """Logistic model with random intercepts, or with random intercepts and coefficients, by maximum likelihood.
 
-    x : (n, d) covariates without intercept (it is added), z : (n,) 0/1 treatment, sorted by cluster. starts : (K + 1,), cluster g is rows starts[g] to starts[g + 1] − 1, none empty. slopes : columns of x (names or
-    numbers) whose coefficients vary between clusters (default: none). nodes : of adaptive Gauss–Hermite quadrature, 1 for Laplace's approximation; 25 by default, and 1 with `slopes`, where nothing else is possible.
-    covariance : of intercept and coefficients, "diagonal" (default) or "full"; a diagonal one holds at the means of the covariates in `slopes`. off_boundary : add the logarithms of the diagonal of the
-    covariance's Cholesky factor to the log-likelihood, which keeps variances above zero (Chung et al., 2013). names : of the columns of x.
+    x : (n, d) covariates without intercept (it is added), z : (n,) 0/1 treatment, sorted by cluster. starts : (K + 1,), cluster g is rows
+    starts[g] to starts[g + 1] − 1, none empty. slopes : columns of x (names or numbers) whose coefficients vary between clusters (default:
+    none). nodes : of adaptive Gauss–Hermite quadrature, 1 for Laplace's approximation; 25 by default, and 1 with `slopes`, where nothing
+    else is possible. covariance : of intercept and coefficients, "diagonal" (default) or "full"; a diagonal one holds at the means of the
+    covariates in `slopes`. off_boundary : add the logarithms of the diagonal of the covariance's Cholesky factor to the log-likelihood,
+    which keeps variances above zero (Chung et al., 2013). names : of the columns of x.
 
-    Raises `InputError` for missing values, constant or collinear columns; `EstimationError` for separation, with the covariates, for clusters with one arm only throughout, and for too few clusters. Warns
-    `NotConvergedWarning` if the search ended elsewhere than at a maximum. Sources: Pinheiro & Bates (1995) for the quadrature, Louis (1982) for standard errors."""
+    Raises `InputError` for missing values, constant or collinear columns; `EstimationError` for separation, with the covariates, for
+    clusters with one arm only throughout, and for too few clusters. Warns `NotConvergedWarning` if the search ended elsewhere than at a
+    maximum. Sources: Pinheiro & Bates (1995) for the quadrature, Louis (1982) for standard errors."""
     starts = _checked_starts(starts)
     z = _checked_arms(z, starts)
     with one_thread():
@@ -853,7 +876,8 @@ def fit_logistic_mixed(x, z, starts, *, slopes=None, nodes: int | None = None, c
             theta, steps = _maximise_coefficients(model, beta)
         fit = _logistic_result(model, design, theta, columns, nodes, steps)
     if not fit.convergence.ok:
-        warnings.warn(NotConvergedWarning(f"The fit has {fit.convergence}. Try off_boundary=True, fewer slopes, or covariance=\"diagonal\"."), stacklevel=caller_depth())
+        warnings.warn(NotConvergedWarning(f"The fit has {fit.convergence}. Try off_boundary=True, fewer slopes, or covariance=\"diagonal\"."),
+                      stacklevel=caller_depth())
     return fit
 
 
@@ -877,18 +901,19 @@ def _logistic_result(f, design: _Design, theta: np.ndarray, columns: np.ndarray,
     effects, variances, factor, deviations, cov = f.describe(theta, information[np.ix_(free, free)])
     unit = np.r_[1.0, 1 / design.sd[columns[1:] - 1]]
     eta, covariance = f.x @ theta[:f.x.shape[1]], unit[:, None] * (factor @ factor.T) * unit
-    eigenvalues = np.linalg.eigvalsh(factor @ factor.T)
-    def by_row(values): return _put(values, f.units)
-    def by_cluster(values): return _put(values, f.order)
-    treated = f.sums((f.sign > 0).astype(int))
+    eigenvalues, treated, p = np.linalg.eigvalsh(factor @ factor.T), f.sums((f.sign > 0).astype(int)), f.x.shape[1]
+    convergence = Convergence(float(np.abs(gradient[free]).max()), _curvature(information[np.ix_(free, free)]), steps)
     return LogisticMixed(
-        design.names, ("(intercept)", *(design.names[j - 1] for j in columns[1:])), design.back @ theta[:f.x.shape[1]], design.back @ cov @ design.back.T,
-        covariance, by_cluster(effects * unit), by_cluster(variances * unit**2), by_row(_chance(eta + f.spread_effects(effects))), by_row(_averaged(eta, deviations)),
-        float(value), nodes, bool(f.prior), bool(eigenvalues[0] <= 1e-7 * max(eigenvalues[-1], 1e-300)), int(((treated == 0) | (treated == f.sizes)).sum()),
-        int((f.sizes == 1).sum()), design.mean[columns[1:] - 1], Convergence(float(np.abs(gradient[free]).max()), _curvature(information[np.ix_(free, free)]), steps))
+        names=design.names, random=("(intercept)", *(design.names[j - 1] for j in columns[1:])), coef=design.back @ theta[:p],
+        cov=design.back @ cov @ design.back.T, covariance=covariance, effects=_put(effects * unit, f.order),
+        effect_variances=_put(variances * unit**2, f.order), fitted=_put(_chance(eta + f.spread_effects(effects)), f.units),
+        averaged=_put(_averaged(eta, deviations), f.units), loglik=float(value), nodes=nodes, off_boundary=bool(f.prior),
+        boundary=bool(eigenvalues[0] <= 1e-7 * max(eigenvalues[-1], 1e-300)), one_arm=int(((treated == 0) | (treated == f.sizes)).sum()),
+        singletons=int((f.sizes == 1).sum()), centre=design.mean[columns[1:] - 1], convergence=convergence)
 
 
 def _put(values: np.ndarray, place: np.ndarray) -> np.ndarray:
+    "Values from the order of size into that of the caller."
     out = np.empty_like(values)
     out[place] = values
     return out
