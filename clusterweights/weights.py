@@ -204,7 +204,7 @@ class Method:
 
     outcome_model : what the standard error's outcome model may know, see `OutcomeModel`; or a function of the options used.
     estimands : those it can estimate in a study of treated and untreated; "mean" and "total" in a survey. source : the reference to cite.
-    whole_clusters : whether it can be used where whole clusters were treated."""
+    whole_clusters, surveys : whether it can be used where whole clusters were treated, and in surveys."""
     name: str
     label: str | Callable[[Mapping], str]
     function: Callable
@@ -212,6 +212,7 @@ class Method:
     estimands: tuple[str, ...]
     source: str = ""
     whole_clusters: bool = False
+    surveys: bool = True
 
     @functools.cached_property
     def options(self) -> tuple[str, ...]:
@@ -232,10 +233,10 @@ FRAMEWORK_PAPER = "Ben-Michael, E., Feller, A. & Keele, L. (2026). A weighting f
 
 
 def method(name: str, label: str | Callable, *, outcome_model: str | Callable, estimands: tuple[str, ...] = ("ATT", "ATC", "ATE"), source: str = "",
-           whole_clusters: bool = False) -> Callable:
+           whole_clusters: bool = False, surveys: bool = True) -> Callable:
     """Register a function `<name>_weights(study, …, *, estimand=None, …) -> Weights` as a method of that name.
 
-    The function gets the estimand by its usual name. label : for tables. outcome_model, estimands, source, whole_clusters : as in `Method`."""
+    The function gets the estimand by its usual name. label : for tables. outcome_model, estimands, source, whole_clusters, surveys : as in `Method`."""
     def register(function):
         @functools.wraps(function)
         def run(study, *args, **options):
@@ -248,7 +249,7 @@ def method(name: str, label: str | Callable, *, outcome_model: str | Callable, e
             weights = function(study, *args, **options)
             _warn(weights)
             return weights
-        METHODS[name] = Method(name, label, run, outcome_model, estimands, source, whole_clusters)
+        METHODS[name] = Method(name, label, run, outcome_model, estimands, source, whole_clusters, surveys)
         return run
     return register
 
@@ -279,6 +280,8 @@ def _check_call(method: Method, study, options: Mapping) -> None:
     if isinstance(options.get("bounds"), (tuple, list)) and options["bounds"] and isinstance(options["bounds"][0], Real) and options["bounds"][0] < 0:
         raise InputError(f"bounds={options['bounds']!r}: weights below 0 extrapolate, and no balance table or sample size can be read then. The array "
                          "functions allow them.")
+    if study.level == "survey" and not method.surveys:
+        raise InputError(f"{name} is for a Study of treated and untreated units; for a survey use {listed([m.function.__name__ for m in METHODS.values() if m.surveys])}.")
     if study.level == "cluster" and not method.whole_clusters:
         others = [m.function.__name__ for m in METHODS.values() if m.whole_clusters]
         raise InputError(f"{study.columns['treat']!r} never varies within {study.columns['cluster']!r}: whole clusters were treated. {name} compares "
