@@ -154,15 +154,16 @@ def table(task, results):
 
 
 def against_gpboost(results):
-    "One line for each task that both did."
+    "One line for each task that both did; the targets are for the two shapes of the papers."
     lines = []
     for task, found in results.items():
         mine, other = found.get("Laplace", {}), found.get("gpboost, Laplace", {})
         if "seconds" in mine and "seconds" in other:
             speed, exact = other["seconds"] / mine["seconds"], other["laplace_gradient"] / mine["laplace_gradient"]
+            verdicts = [f" (target {goal:,}: {'met' if ratio >= goal else 'MISSED'})" if task != "large" else ""
+                        for goal, ratio in ((4, speed), (1000, exact))]
             lines.append(f"- {task}: {speed:.1f} times faster than gpboost, {other['busy'] / mine['busy']:.1f} times in CPU seconds, Laplace "
-                         f"against Laplace (target 4: {'met' if speed >= 4 else 'MISSED'}), "
-                         f"at a gradient {exact:,.0f} times smaller (target 1,000: {'met' if exact >= 1000 else 'MISSED'})")
+                         f"against Laplace{verdicts[0]}, at a gradient {exact:.0e} times smaller{verdicts[1]}")
     return "\n".join(lines)
 
 
