@@ -804,6 +804,12 @@ def _curvature(information: np.ndarray) -> float:
     return float(np.linalg.eigvalsh(scale[:, None] * information * scale).min())
 
 
+def _differences(f, theta: np.ndarray, nodes: int, step: float = 1e-5) -> np.ndarray:
+    "Minus the second derivatives of what is maximised, by differences of its gradient."
+    rows = [(f.value(theta - e, nodes)[1] - f.value(theta + e, nodes)[1]) / (2 * step) for e in step * np.eye(len(theta))]
+    return (np.array(rows) + np.transpose(rows)) / 2
+
+
 @patch
 def information(self: _RandomCoefficients, theta: np.ndarray, nodes: int = 1) -> np.ndarray:
     "Minus the second derivatives of the log-likelihood (with the prior); expected ones for β."
@@ -906,6 +912,8 @@ def _logistic_result(f, design: _Design, theta: np.ndarray, columns: np.ndarray,
     if f.prior:
         value -= f.prior * np.log(np.abs(theta[f.diagonal])).sum()
     information = f.information(theta, max(nodes, 15))
+    if not _curvature(information[np.ix_(free, free)]) > 0:
+        information = _differences(f, theta, nodes)
     _check_finite(f, theta, information, free, design.names)
     effects, variances, factor, deviations, cov = f.describe(theta, information[np.ix_(free, free)])
     unit = np.r_[1.0, 1 / design.sd[columns[1:] - 1]]
