@@ -11,6 +11,7 @@ import pytest
 import statsmodels.api as sm
 from numpy.testing import assert_allclose
 from scipy.integrate import quad
+from scipy.optimize import minimize
 
 from clusterweights import mixed
 from clusterweights.core import EstimationError, InputError, NotConvergedWarning
@@ -240,6 +241,43 @@ def test_a_search_that_starts_at_zero_leaves_it(monkeypatch):
     found = fit_logistic_mixed(x, z, starts).sd
     monkeypatch.setattr(mixed, "_start_sd", lambda data, beta: 0.0)
     assert_allclose(fit_logistic_mixed(x, z, starts).sd, found, rtol=1e-6)
+
+
+def haphazard(seed):
+    "Few clusters of any size, sparse or dense covariates, weak or strong effects."
+    rng = np.random.default_rng(seed)
+    k = int(rng.integers(3, 60))
+    sizes = rng.integers(1, rng.integers(2, 40), k)
+    n, d = sizes.sum(), int(rng.integers(1, 5))
+    x = rng.normal(size=(n, d)) if rng.random() < 0.6 else (rng.random((n, d)) < 0.2).astype(float)
+    level = rng.choice([0, 0.05, 0.5, 1.5, 4]) * rng.normal(size=k)
+    eta = rng.normal() + x @ (rng.normal(size=d) * rng.choice([0.3, 1, 3])) + np.repeat(level, sizes)
+    return x, rng.random(n) < 1 / (1 + np.exp(-eta)), np.r_[0, np.cumsum(sizes)]
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_haphazard_data_give_a_maximum_or_an_error(seed):
+    x, z, starts = haphazard(seed)
+    kinds = [{}, {"nodes": 1}, {"off_boundary": True}, {"slopes": [0]}, {"slopes": [0], "covariance": "full"},
+             {"slopes": [0], "covariance": "full", "off_boundary": True}]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for options in kinds:
+            try:
+                fit = fit_logistic_mixed(x, z, starts, **options)
+            except (InputError, EstimationError):
+                continue
+            assert fit.convergence.ok
+            if options.get("slopes") is None and not options.get("off_boundary"):
+                assert fit.loglik >= by_library(x, z, starts, fit.nodes) - 1e-6
+
+
+def by_library(x, z, starts, nodes):
+    "The highest log-likelihood that a general optimiser finds from two starting points."
+    design = np.column_stack([np.ones(len(x)), (x - x.mean(axis=0)) / x.std(axis=0)])
+    model = mixed._RandomIntercept(design, z, starts)
+    def negative(theta): return [-v for v in model.value(theta, nodes)]
+    return max(-minimize(negative, np.r_[np.zeros(design.shape[1]), sd], jac=True, method="BFGS").fun for sd in (0.3, 2.0))
 
 
 # --- predictions --------------------------------------------------------------------------------------------------
