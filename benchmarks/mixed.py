@@ -193,7 +193,7 @@ def main(arguments):
         "# Mixed models: time and accuracy",
         f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {libraries}; one thread each. "
         f"Average load before {before}, after {load()}: on a busy machine seconds are too many; CPU seconds are not. Own figures are "
-        f"medians of {arguments.repeats} fits, others one fit.",
+        f"medians of {arguments.repeats} fits, others one fit at their defaults.",
         "Gradient: the largest slope of the log-likelihood at the estimate, per standard deviation of a covariate; own ones as certified, those "
         "of others by the exact gradient of Laplace's approximation at what they returned. Log-likelihood below: by Laplace, how far below the "
         "first row. Quadrature and the variational estimate of statsmodels maximise something else, so neither can reach it.",
