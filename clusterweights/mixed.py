@@ -17,7 +17,7 @@ from .core import EstimationError, InputError, NotConvergedWarning, Table, calle
 from .study import by_size, cluster_sums
 
 # %% auto #0
-__all__ = ['Convergence', 'LinearMixed', 'fit_linear_mixed', 'LogisticMixed', 'fit_logistic_mixed']
+__all__ = ['independent_columns', 'Convergence', 'LinearMixed', 'fit_linear_mixed', 'LogisticMixed', 'fit_logistic_mixed']
 
 # %% ../nbs/04_mixed.ipynb #b9ca0306
 @dataclass(frozen=True)
@@ -83,15 +83,28 @@ def _gram(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
     return out
 
 
+def _combinations(x: np.ndarray) -> dict[int, np.ndarray]:
+    "Standardised columns of x (n, d) that are combinations of earlier ones, to nine digits of their variance: number → its weights on the columns before it."
+    gram, found = _gram(x, np.full(len(x), 1 / len(x))), {}
+    for j in range(1, len(gram)):
+        before = np.linalg.lstsq(gram[:j, :j], gram[:j, j], rcond=None)[0]
+        if gram[j, j] - gram[:j, j] @ before < 1e-9:
+            found[j] = before
+    return found
+
+
+def independent_columns(x: np.ndarray) -> np.ndarray:
+    "Numbers of the columns of x (n, d) that are neither constant nor a combination of earlier ones and a constant."
+    sd = x.std(axis=0)
+    vary = np.flatnonzero(sd > 1e-12 * np.abs(x.mean(axis=0)))
+    return np.delete(vary, list(_combinations((x[:, vary] - x[:, vary].mean(axis=0)) / sd[vary])))
+
+
 def _check_rank(x: np.ndarray, names: Sequence[str]) -> None:
-    "Raise if a standardised column is a combination of earlier ones, to nine digits of its variance."
-    gram = _gram(x, np.full(len(x), 1 / len(x)))
-    for j in range(2, len(gram)):
-        before = np.linalg.lstsq(gram[1:j, 1:j], gram[1:j, j], rcond=None)[0]
-        if gram[j, j] - gram[1:j, j] @ before < 1e-9:
-            made_of = [names[i] for i in np.flatnonzero(np.abs(before) > 1e-6)]
-            raise InputError(f"{names[j - 1]!r} is a combination of {listed(made_of)} (and a constant): its coefficient is not determined. "
-                             "Leave one out.")
+    "Raise if a standardised column, after the intercept, is a combination of earlier ones."
+    for j, before in _combinations(x[:, 1:]).items():
+        made_of = [names[i] for i in np.flatnonzero(np.abs(before) > 1e-6)]
+        raise InputError(f"{names[j]!r} is a combination of {listed(made_of)} (and a constant): its coefficient is not determined. Leave one out.")
 
 # %% ../nbs/04_mixed.ipynb #ce84cad5
 def _chunks(first: np.ndarray, most: int) -> Iterator[tuple[slice, slice]]:
