@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
+from functools import partial
 from importlib import metadata
 from io import StringIO
 from pathlib import Path
@@ -26,15 +27,17 @@ from fastcore.basics import patch
 
 import clusterweights.balancing  # noqa: F401  (importing a method's module registers it)
 import clusterweights.hierarchical  # noqa: F401
+import clusterweights.ipw  # noqa: F401
 from . import __version__
 from .core import (ClusterWeightsError, ClusterWeightsWarning, EstimationError, InfeasibleError, InputError, SolverError, Table, caller_depth, check_output,
                                  counted, decimals, interval_plot, listed, nearest, write_file)
 from .framework import Balance, love_plot
+from .resampling import Bootstrap, bootstrap
 from .study import Study
-from .weights import FRAMEWORK_PAPER, METHODS, TARGET_NOUNS, WEIGHTED_ARMS, Weights, canonical_estimand, model_residuals
+from .weights import FRAMEWORK_PAPER, METHODS, TARGET_NOUNS, WEIGHTED_ARMS, Weights, canonical_estimand, model_residuals, point_estimate
 
 # %% auto #0
-__all__ = ['REPORT_ENDINGS', 'Comparison', 'compare', 'difference']
+__all__ = ['REPORT_ENDINGS', 'Comparison', 'compare', 'difference', 'Agreement', 'agreement']
 
 # %% ../nbs/20_comparison.ipynb #140f66e9
 def _narrow(cells: pd.DataFrame, width: int = 14) -> pd.DataFrame:
@@ -325,6 +328,94 @@ def reading(self: Comparison) -> str:
 @patch
 def _repr_html_(self: Comparison) -> str:
     return self.summary()._repr_html_() + f"<p>{html.escape(self.reading())}</p>"
+
+# %% ../nbs/20_comparison.ipynb #e9dc5b8e
+@dataclass(frozen=True, eq=False, repr=False)
+class Agreement:
+    """Two methods on the same units, and how far apart they are. labels : of the two. replicates : the `Bootstrap` of both estimates and of "difference" (second minus first). units, clusters : on which both were run.
+    term : the estimand."""
+    labels: tuple[str, str]
+    replicates: Bootstrap
+    units: int
+    clusters: int
+    term: str
+
+    @property
+    def difference(self) -> float:
+        "Second estimate minus first."
+        return float(self.replicates.observed["difference"])
+
+    @property
+    def std_error(self) -> float:
+        "Standard deviation of the difference over the replicates."
+        return float(self.replicates.std_error["difference"])
+
+    @property
+    def p_value(self) -> float:
+        "Two-sided p-value of no difference."
+        away = np.abs(self.replicates.draws["difference"] - self.difference) >= abs(self.difference)
+        return float((1 + away.sum()) / (1 + len(away)))
+
+    def conf_int(self, level: float = 0.95) -> tuple[float, float]:
+        "Basic bootstrap interval of the difference."
+        low, high = self.replicates.conf_int(level, "basic")
+        return float(low["difference"]), float(high["difference"])
+
+    def reading(self) -> str:
+        "What the test says, and what it does not."
+        p, places = self.p_value, decimals(self.std_error)
+        size = f"{self.labels[1]} minus {self.labels[0]}: {self.difference:+,.{places}f} (standard error {self.std_error:,.{places}f}, p = {p:.2g})."
+        if p < 0.05:
+            return (f"{size} More than chance would do: the two cannot both be right. Either one assumption fails (clusters differ in ways that the covariates and what is known of clusters do not show), or one of them "
+                    "has not balanced what matters; look at what each leaves unbalanced.")
+        return (f"{size} No more than chance would do. That is no proof of either assumption: both may be biased alike, and a small study cannot tell much.")
+
+    def summary(self) -> Table:
+        "Both estimates and their difference with bootstrap intervals."
+        table = self.replicates.summary(kind="basic")
+        return Table(table.frame, title=f"Agreement of two methods ({self.term}, {self.units:,} units in {self.clusters:,} clusters)", notes=[*table.notes, self.reading()], formats=table.formats)
+
+    def __str__(self) -> str: return str(self.summary())
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str: return self.summary()._repr_html_()
+
+    def plot(self, ax=None):
+        "Histogram of the difference over the replicates; returns the Axes."
+        ax = self.replicates.plot("difference", ax)
+        ax.axvline(0, color="grey", linestyle=":", linewidth=1)
+        ax.set_xlabel(f"{self.labels[1]} minus {self.labels[0]}")
+        return ax
+
+
+def _both(study: Study, recipes: tuple[Weights, Weights], outcome) -> dict[str, float]:
+    "Both estimates on another study, and their difference."
+    first, second = (point_estimate(recipe.refit(study), study.outcomes[outcome]) for recipe in recipes)
+    return {"first": first, "second": second, "difference": second - first}
+
+
+def agreement(first: Weights, second: Weights, *, outcome=None, replicates: int = 999, seed: int | np.random.Generator = 0, workers: int | None = 1, progress: bool = True) -> Agreement:
+    """Test whether two methods agree on the units that both keep, by a bootstrap of clusters in which both weights are fitted anew.
+
+    first, second : `Weights` of the same study and estimand; their `lam` stays what it was. outcome : name of one of the study's (default: the first). replicates, seed, workers, progress : as in `bootstrap`.
+    Raises `InputError` for weights of different studies or estimands, and for a target from outside.
+    Source: Ben-Michael, Feller & Keele (2026), section 8; the bootstrap of Davison & Hinkley (1997), section 4.4."""
+    if first.study is not second.study or first.estimand != second.estimand:
+        raise InputError("agreement compares two methods on one study, for one estimand.")
+    if first.outside is not None or second.outside is not None:
+        raise InputError("A target from outside is not drawn with the study, so agreement cannot be tested.")
+    study, kept = first.study, (first.reason == "") & (second.reason == "")
+    names = list(study.outcomes)
+    if not names or (outcome is not None and outcome not in names):
+        raise InputError("The study has no outcome." if not names else f"The study has no outcome {outcome!r}." + nearest(outcome, names))
+    part = study if kept.all() else study.restrict(kept)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ClusterWeightsWarning)           # said when the weights were made
+        recipes = tuple(w if part is study else replace(w.refit(part), solutions={}) for w in (first, second))
+        found = bootstrap(part, partial(_both, recipes=recipes, outcome=names[0] if outcome is None else outcome), replicates=replicates, seed=seed, workers=workers, progress=progress)
+    labels = (first.label, second.label)
+    named = dict(zip(["first", "second"], labels if labels[0] != labels[1] else [f"{labels[0]} (1)", f"{labels[1]} (2)"]))
+    return Agreement(labels, replace(found, observed=found.observed.rename(named), draws=found.draws.rename(columns=named)), part.n, len(part.labels), first.estimand)
 
 # %% ../nbs/20_comparison.ipynb #5bc4e44e
 _STYLE = """

@@ -30,7 +30,7 @@ from .study import Study, numbers_by_name, cluster_sums
 # %% auto #0
 __all__ = ['WEIGHTED_ARMS', 'TARGET_NOUNS', 'METHODS', 'FRAMEWORK_PAPER', 'Arm', 'group_mask', 'target_weights', 'arms', 'Method',
            'method', 'canonical_estimand', 'Target', 'Weights', 'weigh', 'predict_outcomes', 'model_residuals',
-           'unadjusted_weights', 'resolve_lam', 'Feasibility', 'feasibility']
+           'point_estimate', 'unadjusted_weights', 'resolve_lam', 'Feasibility', 'feasibility']
 
 # %% ../nbs/08_weights.ipynb #c190c258
 WEIGHTED_ARMS = {"ATT": {"controls": "treated"}, "ATC": {"treated": "controls"}, "ATE": {"controls": "all", "treated": "all"},
@@ -719,8 +719,8 @@ def _by_group(weights: Weights, y: np.ndarray, residuals: np.ndarray, by, vcov: 
 _GIVEN = "outcome given as values"
 
 
-def _point(weights: Weights, y: np.ndarray) -> float:
-    "The estimate alone. y : (n,) in the study's order."
+def point_estimate(weights: Weights, y: np.ndarray) -> float:
+    "The estimate alone, without its standard error, as a bootstrap needs it. y : (n,) in the study's order."
     means = [np.average(y[mask], weights=weights.in_order[mask]) for mask in
              ((weights.study.treat,) if weights.study.level == "survey" else (weights.study.treat, ~weights.study.treat))]
     return float(means[0] - means[1]) if len(means) == 2 else float(means[0]) * _scale_of_mean(weights)
@@ -728,7 +728,7 @@ def _point(weights: Weights, y: np.ndarray) -> float:
 
 def _refitted(study: Study, recipe: Weights, outcome) -> dict[str, float]:
     "The estimate of the same recipe on another study."
-    return {recipe.estimand: _point(recipe.refit(study), study.outcomes[outcome])}
+    return {recipe.estimand: point_estimate(recipe.refit(study), study.outcomes[outcome])}
 
 
 @patch
