@@ -270,7 +270,9 @@ def _normalised(study: Study, raw: np.ndarray, kept: np.ndarray, estimand: str, 
 
 def _label(params: Mapping) -> str:
     model = params.get("model", "random intercept")
-    return f"IPW, {'no clusters' if model == 'none' else model if isinstance(model, str) else 'given scores' if not hasattr(model, 'predict_proba') else type(model).__name__}"
+    if not isinstance(model, str):
+        return f"IPW, {type(model).__name__ if hasattr(model, 'predict_proba') else 'given scores'}"
+    return f"IPW, {'no clusters' if model == 'none' else model}"
 
 
 def _knows(params: Mapping) -> str:

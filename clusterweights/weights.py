@@ -9,7 +9,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from types import MappingProxyType
 
@@ -46,7 +46,8 @@ class Arm:
 
     name : "controls", "treated" or "respondents". rows : (m,) positions in the study. x : (m, d) features. base : (m,) sampling weights.
     starts : (K + 1,) blocks of rows; one block for methods that ignore clusters. target_mean : (K, d) and target_total : (K,), the target's mean features
-    and size in each block. spread : (d,) one standard deviation of each feature. names, labels : of features and blocks."""
+    and size in each block. spread : (d,) one standard deviation of each feature. names, labels : of features and blocks. goal : (n,) how much of the target each
+    unit of the study is (0 for units that are no part of it); it says nothing of a target from outside."""
     name: str
     rows: np.ndarray
     x: np.ndarray
@@ -57,6 +58,7 @@ class Arm:
     spread: np.ndarray
     names: Sequence[str]
     labels: Sequence
+    goal: np.ndarray
 
 
 def group_mask(study: Study, name: str) -> np.ndarray:
@@ -112,7 +114,7 @@ def _make_arm(study: Study, name: str, kept: np.ndarray, base: np.ndarray, withi
     mean = np.stack([np.bincount(codes, weights=base[kept] * x[kept, j], minlength=k) for j in range(d)], axis=1) / total[:, None]
     starts = np.searchsorted(code[mine], np.arange(k + 1))
     return Arm(name, np.flatnonzero(mine), x[mine], study.sampling_weights[mine], starts, mean, total, spread, study.names,
-               study.labels[labels] if within else ("all",))
+               study.labels[labels] if within else ("all",), base)
 
 # %% ../nbs/08_weights.ipynb #82aa7765
 @dataclass(frozen=True)
@@ -307,7 +309,7 @@ class Weights:
     study, method (name), params : what was asked of whom; params["lam"] is the number that was used (one for each weighted arm, if there are
     two). estimand : "ATT", "ATC", "ATE", "ATO", in a survey "mean" or "total". in_order, reason : (n,) weights, and why a unit is left out, in the study's order.
     solutions : the solver's solution for each weighted arm, with its certificate; empty if the weights have a closed form. outside : the
-    target, if it came from outside the study."""
+    target, if it came from outside the study. facts : what the method adds to the summary."""
     study: Study
     method: str
     estimand: str
@@ -316,6 +318,7 @@ class Weights:
     reason: np.ndarray
     solutions: dict[str, Solution]
     outside: Target | None = None
+    facts: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
         for array in (self.in_order, self.reason):
@@ -427,10 +430,12 @@ class Weights:
         return METHODS[self.method].function(study, **(options | changes))
 
 # %% ../nbs/08_weights.ipynb #59344be2
-def weigh(study: Study, method: str, solve: Callable[[Arm], np.ndarray | Solution], params: dict, *, within: bool) -> Weights:
+def weigh(study: Study, method: str, solve: Callable[[Arm], np.ndarray | Solution], params: dict, *, within: bool,
+          facts: Mapping[str, str] | None = None) -> Weights:
     """Weights of a method: `solve` is called with each arm of params["estimand"] and returns its weights or a `Solution`.
 
-    params : the method's options by name; "estimand" is required, "cluster_weight", "standardize" and "target" are used here if present."""
+    params : the method's options by name; "estimand" is required, "cluster_weight", "standardize" and "target" are used here if present.
+    facts : what to add to the summary."""
     keys = {k: params[k] for k in ("cluster_weight", "standardize", "target") if k in params}
     if not isinstance(keys.get("standardize", True), (bool, np.bool_)):
         raise InputError(f"standardize={keys['standardize']!r} must be True or False.")
@@ -445,7 +450,7 @@ def weigh(study: Study, method: str, solve: Callable[[Arm], np.ndarray | Solutio
         if isinstance(answer, Solution):
             solutions[arm.name], answer = answer, answer.weights
         weights[arm.rows] = answer
-    return Weights(study, method, params["estimand"], params, weights, reason, solutions, _target_outside(study, keys.get("target"), made, within))
+    return Weights(study, method, params["estimand"], params, weights, reason, solutions, _target_outside(study, keys.get("target"), made, within), facts or {})
 
 
 def _for_rows(error: InfeasibleError, study: Study, arm: Arm, name_arm: bool) -> InfeasibleError:
@@ -776,7 +781,7 @@ def summary(self: Weights, balance: Balance | None = None) -> Table:
         facts["largest miss of the target"] = f"{np.max(np.abs(means - goal) / _scale(self.study, True)[1]):.2g} standard deviations"
     if self.solutions and self.solution.tolerance:
         facts["largest tolerance"] = f"{max(s.tolerance for s in self.solutions.values()):.3g} standard deviations"
-    facts |= {"largest global |SMD|": f"{balanced.table['SMD, weighted'].abs().max():.2g}",
+    facts |= {**self.facts, "largest global |SMD|": f"{balanced.table['SMD, weighted'].abs().max():.2g}",
               **{f"L2 {kind}": "{before:.3f} before, {after:.3f} after".format(**row) if np.isfinite(row["after"]) else
                  "not defined: " + ("population totals have no clusters" if self.study.totals is not None else "no cluster has two units in each arm")
                  for kind, row in balanced.l2.iterrows()},
