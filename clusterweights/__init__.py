@@ -10,13 +10,15 @@ from clusterweights.framework import Balance, Decomposition, balance_of, decompo
 from clusterweights.hierarchical import hierarchical_weights
 from clusterweights.inference import Estimate
 from clusterweights.ipw import ipw_weights, propensity_scores
+from clusterweights.mundlak import ClusterStatistics, cluster_statistics, decompose_by_statistics, mundlak_scores, mundlak_weights
 from clusterweights.outcomes import OutcomeModel
 from clusterweights.resampling import Bootstrap, WildClusterTest, bootstrap, wild_cluster_test
 from clusterweights.study import Study
 from clusterweights.weights import Feasibility, Weights, feasibility, unadjusted_weights
 
-__all__ = ["Agreement", "Balance", "Bootstrap", "ClusterWeightsError", "ClusterWeightsWarning", "Comparison", "Decomposition", "DroppedUnitsWarning", "Estimate",
-           "EstimationError", "Feasibility", "FewClustersWarning", "InfeasibleError", "InputError", "NotConvergedWarning", "OutcomeModel",
-           "OverlapWarning", "SolverError", "Study", "Weights", "WildClusterTest", "agreement", "balance_of", "balancing_weights", "bootstrap",
-           "compare", "decompose", "feasibility", "hierarchical_weights", "ipw_weights", "plot_overlap", "propensity_scores",
-           "unadjusted_weights", "wild_cluster_test", "worst_case"]
+__all__ = ["Agreement", "Balance", "Bootstrap", "ClusterStatistics", "ClusterWeightsError", "ClusterWeightsWarning", "Comparison", "Decomposition",
+           "DroppedUnitsWarning", "Estimate", "EstimationError", "Feasibility", "FewClustersWarning", "InfeasibleError", "InputError",
+           "NotConvergedWarning", "OutcomeModel", "OverlapWarning", "SolverError", "Study", "Weights", "WildClusterTest", "agreement", "balance_of",
+           "balancing_weights", "bootstrap", "cluster_statistics", "compare", "decompose", "decompose_by_statistics", "feasibility",
+           "hierarchical_weights", "ipw_weights", "mundlak_scores", "mundlak_weights", "plot_overlap", "propensity_scores", "unadjusted_weights",
+           "wild_cluster_test", "worst_case"]

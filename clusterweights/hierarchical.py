@@ -13,7 +13,7 @@ from .core import InfeasibleError, InputError, counted, listed, nearest
 from .qp import (BlockSums, Problem, Solution, block_bounds, centred, closest, exact_means, exact_totals,
                                solve_within)
 from .study import Study
-from .weights import FRAMEWORK_PAPER, Weights, method, resolve_lam, weigh
+from .weights import FRAMEWORK_PAPER, Weights, balance_lam, method, resolve_lam, weigh
 
 # %% auto #0
 __all__ = ['solve_hierarchical', 'hierarchical_weights']
@@ -32,6 +32,19 @@ def solve_hierarchical(x: np.ndarray, starts: np.ndarray, target_mean: np.ndarra
     standard deviations of x), or "auto", the smallest feasible. bounds : of each weight; max_share : the largest share of its cluster's
     total that one unit may carry. names, labels : of features and clusters, for messages. solver : "auto", "structured", "piqp" or "osqp".
     Raises `InfeasibleError` if global balance is impossible. Source: Ben-Michael, Feller & Keele (2026), Eq. 6."""
+    problem = _problem(x, starts, target_mean, target_total, lam, scaling, base, bounds, max_share, spread, names, labels)
+    try:
+        return solve_within(problem, tolerance, solver)
+    except InfeasibleError as error:
+        raise _blame(error, problem, starts, *_centred_targets(target_mean, target_total)) from None
+
+
+def _centred_targets(target_mean: np.ndarray, target_total: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return centred(target_mean, target_total @ target_mean / target_total.sum()), target_total
+
+
+def _problem(x, starts, target_mean, target_total, lam: float, scaling: str, base, bounds, max_share, spread, names, labels) -> Problem:
+    "The problem with exact global balance."
     if scaling not in ("means", "sums"):
         raise InputError(f"Unknown scaling {scaling!r}." + nearest(scaling, ["means", "sums"]))
     sizes = np.diff(starts)
@@ -39,14 +52,10 @@ def solve_hierarchical(x: np.ndarray, starts: np.ndarray, target_mean: np.ndarra
     centre = target_total @ target_mean / target_total.sum()
     x, target_mean = centred(x, centre), centred(target_mean, centre)
     lower, upper = block_bounds(bounds, max_share, starts, target_total)
-    problem = Problem(BlockSums(x, starts, scale), (scale * target_total)[:, None] * target_mean,
-                      np.repeat(ridge, sizes) / (1.0 if base is None else base),
-                      (exact_means(x, target_mean, target_total, names=names, spread=spread), exact_totals(starts, target_total, labels)),
-                      lower, upper)
-    try:
-        return solve_within(problem, tolerance, solver)
-    except InfeasibleError as error:
-        raise _blame(error, problem, starts, target_mean, target_total) from None
+    return Problem(BlockSums(x, starts, scale), (scale * target_total)[:, None] * target_mean,
+                   np.repeat(ridge, sizes) / (1.0 if base is None else base),
+                   (exact_means(x, target_mean, target_total, names=names, spread=spread), exact_totals(starts, target_total, labels)),
+                   lower, upper)
 
 # %% ../nbs/12_hierarchical.ipynb #0ff70856
 def _shortfalls(problem: Problem, theta: np.ndarray, starts: np.ndarray, target_mean: np.ndarray, target_total: np.ndarray) -> np.ndarray:
@@ -120,8 +129,8 @@ def hierarchical_weights(study: Study, lam: float | str | Mapping[str, float] = 
                          standardize: bool = True, solver: str = "auto") -> Weights:
     """Units weighted to the target units of their own cluster, with balance overall.
 
-    lam : the price of uneven weights, a positive number, or "auto": 1 − R² of the outcome on the covariates among the units weighted; for two
-    weighted arms also a number for each. (Sampling weights have mean 1; copying each row k times instead has the effect of lam / k.)
+    lam : the price of uneven weights, a positive number; "auto": 1 − R² of the outcome on the covariates among the units weighted; or "balance": the largest with nearly all of the
+    attainable balance, found without the outcome; for two weighted arms also one of these for each. (Sampling weights have mean 1; copying each row k times instead has the effect of lam / k.)
     estimand : "ATT" (controls to treated, default), "ATC" (treated to controls) or "ATE" (both to all); in a survey "mean" (default) or "total" (respondents to the full sample of their cluster). target : another population for the ATE, a data
     frame with the covariates and the cluster; what of it lies in clusters that cannot be compared is left out with a warning.
     tolerance : how many standard deviations an overall mean may miss its target by; "auto" is the smallest feasible, 0 (default) exact.
@@ -132,7 +141,10 @@ def hierarchical_weights(study: Study, lam: float | str | Mapping[str, float] = 
     Target units in clusters that lack an arm are left out with a `DroppedUnitsWarning`; units that have no target in their cluster get
     weight 0. Raises `InfeasibleError`, naming covariates and clusters, if global balance is impossible.
     Source: Ben-Michael, Feller & Keele (2026), Eq. 6."""
-    lams = resolve_lam(study, estimand, lam, within=True)
+    def problem(arm):
+        return _problem(arm.x, arm.starts, arm.target_mean, arm.target_total, 1.0, "means", arm.base, bounds, max_share, arm.spread, arm.names, arm.labels)
+    lams = resolve_lam(study, estimand, lam, within=True, by_balance=lambda name: balance_lam(
+        study, estimand, name, problem, within=True, standardize=standardize, cluster_weight=cluster_weight, target=target, tolerance=tolerance))
 
     def one_arm(arm):
         return solve_hierarchical(arm.x, arm.starts, arm.target_mean, arm.target_total, lams[arm.name], base=arm.base, tolerance=tolerance,

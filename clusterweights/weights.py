@@ -9,7 +9,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from types import MappingProxyType
 
@@ -22,7 +22,7 @@ from .core import DroppedUnitsWarning, EstimationError, FewClustersWarning, Infe
 from .framework import Balance, balance, compare_groups, ess, panels, standardized_differences
 from .inference import Estimate, contrast, reference_prediction, weighted_mean
 from .outcomes import OutcomeModel, Prediction, corrected_mean, outcome_features, predict_outcome
-from .qp import BlockSums, Problem, Solution, closest, exact_means, exact_totals
+from .qp import BlockSums, Problem, Solution, closest, exact_means, exact_totals, path as solve_path, with_tolerance
 from .resampling import Bootstrap, bootstrap as bootstrap_study
 from .robust import KINDS, clustered
 from .study import Study, numbers_by_name, cluster_sums
@@ -30,7 +30,8 @@ from .study import Study, numbers_by_name, cluster_sums
 # %% auto #0
 __all__ = ['WEIGHTED_ARMS', 'TARGET_NOUNS', 'METHODS', 'FRAMEWORK_PAPER', 'Arm', 'group_mask', 'target_weights', 'arms', 'Method',
            'method', 'canonical_estimand', 'Target', 'Weights', 'weigh', 'predict_outcomes', 'model_residuals',
-           'point_estimate', 'unadjusted_weights', 'resolve_lam', 'Feasibility', 'feasibility']
+           'point_estimate', 'unadjusted_weights', 'resolve_lam', 'balance_lam', 'LamPath', 'Feasibility',
+           'feasibility']
 
 # %% ../nbs/08_weights.ipynb #c190c258
 WEIGHTED_ARMS = {"ATT": {"controls": "treated"}, "ATC": {"treated": "controls"}, "ATE": {"controls": "all", "treated": "all"},
@@ -46,7 +47,8 @@ class Arm:
 
     name : "controls", "treated" or "respondents". rows : (m,) positions in the study. x : (m, d) features. base : (m,) sampling weights.
     starts : (K + 1,) blocks of rows; one block for methods that ignore clusters. target_mean : (K, d) and target_total : (K,), the target's mean features
-    and size in each block. spread : (d,) one standard deviation of each feature. names, labels : of features and blocks."""
+    and size in each block. spread : (d,) one standard deviation of each feature. names, labels : of features and blocks. goal : (n,) how much of the target each
+    unit of the study is (0 for units that are no part of it); it says nothing of a target from outside."""
     name: str
     rows: np.ndarray
     x: np.ndarray
@@ -57,6 +59,7 @@ class Arm:
     spread: np.ndarray
     names: Sequence[str]
     labels: Sequence
+    goal: np.ndarray
 
 
 def group_mask(study: Study, name: str) -> np.ndarray:
@@ -112,7 +115,7 @@ def _make_arm(study: Study, name: str, kept: np.ndarray, base: np.ndarray, withi
     mean = np.stack([np.bincount(codes, weights=base[kept] * x[kept, j], minlength=k) for j in range(d)], axis=1) / total[:, None]
     starts = np.searchsorted(code[mine], np.arange(k + 1))
     return Arm(name, np.flatnonzero(mine), x[mine], study.sampling_weights[mine], starts, mean, total, spread, study.names,
-               study.labels[labels] if within else ("all",))
+               study.labels[labels] if within else ("all",), base)
 
 # %% ../nbs/08_weights.ipynb #82aa7765
 @dataclass(frozen=True)
@@ -310,7 +313,7 @@ class Weights:
     study, method (name), params : what was asked of whom; params["lam"] is the number that was used (one for each weighted arm, if there are
     two). estimand : "ATT", "ATC", "ATE", "ATO", in a survey "mean" or "total". in_order, reason : (n,) weights, and why a unit is left out, in the study's order.
     solutions : the solver's solution for each weighted arm, with its certificate; empty if the weights have a closed form. outside : the
-    target, if it came from outside the study."""
+    target, if it came from outside the study. facts : what the method adds to the summary."""
     study: Study
     method: str
     estimand: str
@@ -319,6 +322,7 @@ class Weights:
     reason: np.ndarray
     solutions: dict[str, Solution]
     outside: Target | None = None
+    facts: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
         for array in (self.in_order, self.reason):
@@ -430,10 +434,12 @@ class Weights:
         return METHODS[self.method].function(study, **(options | changes))
 
 # %% ../nbs/08_weights.ipynb #59344be2
-def weigh(study: Study, method: str, solve: Callable[[Arm], np.ndarray | Solution], params: dict, *, within: bool) -> Weights:
+def weigh(study: Study, method: str, solve: Callable[[Arm], np.ndarray | Solution], params: dict, *, within: bool,
+          facts: Mapping[str, str] | None = None) -> Weights:
     """Weights of a method: `solve` is called with each arm of params["estimand"] and returns its weights or a `Solution`.
 
-    params : the method's options by name; "estimand" is required, "cluster_weight", "standardize" and "target" are used here if present."""
+    params : the method's options by name; "estimand" is required, "cluster_weight", "standardize" and "target" are used here if present.
+    facts : what to add to the summary."""
     keys = {k: params[k] for k in ("cluster_weight", "standardize", "target") if k in params}
     if not isinstance(keys.get("standardize", True), (bool, np.bool_)):
         raise InputError(f"standardize={keys['standardize']!r} must be True or False.")
@@ -448,7 +454,7 @@ def weigh(study: Study, method: str, solve: Callable[[Arm], np.ndarray | Solutio
         if isinstance(answer, Solution):
             solutions[arm.name], answer = answer, answer.weights
         weights[arm.rows] = answer
-    return Weights(study, method, params["estimand"], params, weights, reason, solutions, _target_outside(study, keys.get("target"), made, within))
+    return Weights(study, method, params["estimand"], params, weights, reason, solutions, _target_outside(study, keys.get("target"), made, within), facts or {})
 
 
 def _for_rows(error: InfeasibleError, study: Study, arm: Arm, name_arm: bool) -> InfeasibleError:
@@ -779,7 +785,7 @@ def summary(self: Weights, balance: Balance | None = None) -> Table:
         facts["largest miss of the target"] = f"{np.max(np.abs(means - goal) / _scale(self.study, True)[1]):.2g} standard deviations"
     if self.solutions and self.solution.tolerance:
         facts["largest tolerance"] = f"{max(s.tolerance for s in self.solutions.values()):.3g} standard deviations"
-    facts |= {"largest global |SMD|": f"{balanced.table['SMD, weighted'].abs().max():.2g}",
+    facts |= {**self.facts, "largest global |SMD|": f"{balanced.table['SMD, weighted'].abs().max():.2g}",
               **{f"L2 {kind}": "{before:.3f} before, {after:.3f} after".format(**row) if np.isfinite(row["after"]) else
                  "not defined: " + ("population totals have no clusters" if self.study.totals is not None else "no cluster has two units in each arm")
                  for kind, row in balanced.l2.iterrows()},
@@ -833,22 +839,24 @@ def plot(self: Weights, axes=None):
     return axes
 
 # %% ../nbs/08_weights.ipynb #a18a51ee
-def resolve_lam(study: Study, estimand: str, lam, *, within: bool) -> dict[str, float]:
+def resolve_lam(study: Study, estimand: str, lam, *, within: bool, by_balance: Callable[[str], float] | None = None) -> dict[str, float]:
     """The number that `lam` stands for in each weighted arm. "auto": 1 − R² of the outcome on the covariates among the arm's units.
 
-    lam : a positive number for all arms, "auto", or a number by arm. Raises `InputError` for anything else, and where "auto" has nothing
-    to go by."""
+    lam : a positive number for all arms, "auto", "balance", or one of these by arm. by_balance : the number for "balance" in an arm, by the arm's name; usually `balance_lam`. Raises
+    `InputError` for anything else, and where "auto" has nothing to go by."""
     names = list(WEIGHTED_ARMS[estimand])
     if isinstance(lam, Mapping):
         if set(lam) != set(names):
             raise InputError(f"lam has values for {listed(lam)}, but the weighted arms are {listed(names)}.")
-        return {name: resolve_lam(study, estimand, lam[name], within=within)[name] for name in names}
+        return {name: resolve_lam(study, estimand, lam[name], within=within, by_balance=by_balance)[name] for name in names}
     if isinstance(lam, Real) and not isinstance(lam, (bool, np.bool_)) and np.isfinite(lam) and lam > 0:
         return dict.fromkeys(names, float(lam))
+    if isinstance(lam, str) and lam == "balance" and by_balance is not None:
+        return {name: by_balance(name) for name in names}
     if not (isinstance(lam, str) and lam == "auto"):
-        raise InputError(f"lam={lam!r} must be a positive number or 'auto'. Small values favour balance, large ones even weights.")
+        raise InputError(f"lam={lam!r} must be a positive number, 'auto' or 'balance'. Small values favour balance, large ones even weights.")
     if study.outcome is None:
-        raise InputError("lam='auto' reads the outcome, and the study has none. Give a number: 1.0 is a common start.")
+        raise InputError("lam='auto' reads the outcome, and the study has none. lam='balance' needs none; or give a number: 1.0 is a common start.")
     kept = _left_out(study) == "" if within else np.ones(study.n, dtype=bool)
     return {name: _unexplained(study, np.flatnonzero(kept & group_mask(study, name))) for name in names}
 
@@ -867,6 +875,100 @@ def _unexplained(study: Study, rows: np.ndarray) -> float:
         raise EstimationError("lam='auto' finds no residual variance: the outcome is constant, or the covariates predict it perfectly among "
                          f"the {len(rows):,} units to be weighted. Give a number.")
     return lam
+
+# %% ../nbs/08_weights.ipynb #745c25d2
+_LAMS = np.logspace(5, -3, 25)       # the largest first: the path starts where the problem is easy
+_SPLITS = 3
+_ENOUGH = 0.95
+
+
+def _halves(study: Study, arm: Arm, within: bool, standardize: bool, rng: np.random.Generator) -> list[Arm]:
+    "The arm with either half of its target, drawn within clusters and counted twice. Clusters with a single target unit have no part in it."
+    order = np.lexsort((rng.permutation(study.n), study.cluster))
+    order = order[arm.goal[order] > 0]
+    sizes = np.bincount(study.cluster[order], minlength=study.n_clusters)
+    rank = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    several = (sizes > 1)[study.cluster]
+    if not several.any():
+        raise EstimationError("lam='balance' halves the target units of each cluster, and no cluster has two. Give a number.")
+    half = np.full(study.n, -1)
+    half[order] = rank % 2
+    kept = several if within else np.ones(study.n, dtype=bool)
+    return [_make_arm(study, arm.name, kept, np.where(several & (half == h), 2 * arm.goal, 0.0), within, standardize) for h in (0, 1)]
+
+
+def _held_out(first: Arm, second: Arm, problem: Callable[[Arm], Problem], tolerance: float | str) -> np.ndarray:
+    "(L,) squared imbalance with the second target of weights made for the first, along the grid of lam."
+    made, other = problem(first), problem(second)
+    try:
+        solutions = solve_path(with_tolerance(made, tolerance), _LAMS)
+    except InfeasibleError:                                 # half a target may lie further out than the whole
+        solutions = solve_path(with_tolerance(made, "auto"), _LAMS)
+    ratio = np.repeat(second.target_total / first.target_total, np.diff(first.starts))
+    return np.array([((other.balance(found.weights * ratio) - other.target) ** 2).sum() for found in solutions])
+
+
+def balance_lam(study: Study, estimand: str, name: str, problem: Callable[[Arm], Problem], *, within: bool, standardize: bool = True,
+                cluster_weight: str = "units", target=None, tolerance: float | str = 0.0) -> float:
+    """The largest `lam` on a grid from 100,000 to 0.001 with 95% of the attainable held-out balance, for one weighted arm. No outcome is read.
+
+    name : of the arm. problem : the method's problem with lam = 1, from an `Arm`. within, standardize, cluster_weight : as in `arms`. tolerance : on global balance; where half a target cannot be met within it, it is "auto".
+    Raises `EstimationError` if no cluster has two target units, and for a target from outside."""
+    if target is not None or study.totals is not None:
+        raise EstimationError("lam='balance' halves the target units, and a target from outside has none in the study. Give a number.")
+    [arm] = [a for a in arms(study, estimand, within=within, standardize=standardize, cluster_weight=cluster_weight)[0] if a.name == name]
+    rng, held = np.random.default_rng(0), np.zeros(len(_LAMS))
+    for _ in range(_SPLITS):
+        first, second = _halves(study, arm, within, standardize, rng)
+        held += _held_out(first, second, problem, tolerance) + _held_out(second, first, problem, tolerance)
+    return float(_LAMS[np.argmax(held <= held[0] - _ENOUGH * (held[0] - held.min()))])
+
+# %% ../nbs/08_weights.ipynb #cd649968
+@dataclass(frozen=True, eq=False)
+class LamPath:
+    "One recipe along `lam`. table : one row for each, with lam, ess (of the weighted arms, the smaller), l2_local (after weighting) and the estimate (if there is an outcome). chosen : the recipe's own row."
+    table: pd.DataFrame
+    chosen: pd.Series
+    label: str
+
+    def __str__(self) -> str:
+        return str(Table(self.table.set_index("lam"), title=f"{self.label} along lam", formats={"ess": ",.0f", "l2_local": ".3f", "estimate": "z.4f"}))
+    __repr__ = __str__
+
+    def plot(self, axes=None):
+        "Local imbalance and, if there is an outcome, the estimate against the effective sample size; a cross marks the recipe's own `lam`. Returns the Axes."
+        shown = {"l2_local": "local L2 after weighting", "estimate": "estimate"}
+        shown = {name: label for name, label in shown.items() if name in self.table}
+        if axes is None:
+            import matplotlib.pyplot as plt
+            _, axes = plt.subplots(1, len(shown), figsize=(1 + 4 * len(shown), 3.2), squeeze=False, layout="constrained")
+        axes = panels(axes, len(shown))
+        for ax, (name, label) in zip(axes, shown.items()):
+            ax.plot(self.table["ess"], self.table[name], "o-", color="black", markersize=4)
+            ax.plot(self.chosen["ess"], self.chosen[name], "X", color="black", markersize=11, markerfacecolor="white")
+            ax.set(xlabel="effective sample size", ylabel=label)
+            ax.spines[["top", "right"]].set_visible(False)
+        return axes
+
+
+@patch
+def path(self: Weights, lams: Sequence[float] | None = None) -> LamPath:
+    """What the same recipe gives with other `lam`: effective sample size, local imbalance, estimate.
+
+    lams : positive numbers (default: nine from 1/100 to 100 times the recipe's own, in each weighted arm). Raises `InputError` if the method has no lam."""
+    if "lam" not in self.params:
+        raise InputError(f"{self.label} has no lam.")
+    def row(weights, lam):
+        found = {"lam": lam, "ess": min(weights.ess[arm] for arm in weights.weighted_arms), "l2_local": weights.balance().l2.loc["local", "after"]}
+        return found | ({} if self.study.outcome is None else {"estimate": _point(weights, self.study.outcome)})
+    own = self.params["lam"]
+    middle = float(np.exp(np.mean(np.log(list(own.values()))))) if isinstance(own, Mapping) else own
+    grid = np.logspace(-2, 2, 9) if lams is None else np.asarray(lams, dtype=float) / middle
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", OverlapWarning)      # small lam is there to show what it does
+        warnings.simplefilter("ignore", DroppedUnitsWarning)
+        rows = [row(self.refit(self.study, lam={a: v * f for a, v in own.items()} if isinstance(own, Mapping) else own * f), middle * f) for f in grid]
+    return LamPath(pd.DataFrame(rows), pd.Series(row(self, middle)), self.label)
 
 # %% ../nbs/08_weights.ipynb #1005e2dc
 @dataclass(frozen=True, eq=False)

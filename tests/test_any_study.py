@@ -29,11 +29,11 @@ def frames(draw):
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
-@given(data=frames(), name=st.sampled_from(["balancing", "hierarchical"]), estimand=st.sampled_from(["ATT", "ATC", "ATE"]),
+@given(data=frames(), name=st.sampled_from(["balancing", "hierarchical", "mundlak"]), variant=st.sampled_from(["gb", "avto"]), estimand=st.sampled_from(["ATT", "ATC", "ATE"]),
        missing=st.sampled_from(["error", "drop", "indicator"]), tolerance=st.sampled_from([0.0, 0.1, "auto"]), lam=st.sampled_from([1e-3, 1.0, 1e3]))
-def test_right_answer_or_typed_error(data, name, estimand, missing, tolerance, lam):
+def test_right_answer_or_typed_error(data, name, variant, estimand, missing, tolerance, lam):
     method = getattr(cw, f"{name}_weights")
-    options = {"estimand": estimand, "tolerance": tolerance} | ({"lam": lam} if name == "hierarchical" else {})
+    options = {"estimand": estimand, "tolerance": tolerance} | ({} if name == "balancing" else {"lam": lam}) | ({"variant": variant} if name == "mundlak" else {})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.simplefilter("ignore", cw.ClusterWeightsWarning)
@@ -52,7 +52,7 @@ def test_right_answer_or_typed_error(data, name, estimand, missing, tolerance, l
     for arm in (study.treat, ~study.treat):
         own = np.where(arm, w, 0.0)
         assert own.sum() == pytest.approx(target.sum(), rel=1e-8)
-        if name == "hierarchical":
+        if name == "hierarchical" or (name == "mundlak" and variant == "avto"):
             np.testing.assert_allclose(np.bincount(study.cluster, own, study.n_clusters), np.bincount(study.cluster[target], minlength=study.n_clusters),
                                        rtol=1e-7, atol=1e-7)
         x = study.x - study.x[0]                    # else a large offset costs the test its own precision

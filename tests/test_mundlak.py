@@ -1,0 +1,219 @@
+"""Mundlak weights: parity with R, the link to hierarchical weights, statistics, extrapolation, scores and the split of the bias."""
+
+import pickle
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import statsmodels.api as sm
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import clusterweights as cw
+from clusterweights.hierarchical import solve_hierarchical
+from clusterweights.mundlak import solve_mundlak
+from clusterweights.simulate import framework_data, simulated_study
+
+REFERENCE = Path(__file__).parent / "reference" / "balancer"
+
+
+@pytest.mark.parametrize("solver", ["structured", "piqp", "osqp"])
+@pytest.mark.parametrize("lam", [1, 10])
+def test_weights_of_balancer(lam, solver):
+    data, exact = pd.read_csv(REFERENCE / "data.csv"), pd.read_csv(REFERENCE / "weights_exact.csv")
+    names = [f"x{j}" for j in range(1, 6)]
+    x, z, by = data[names].to_numpy(), data["z"].to_numpy() == 1, data.groupby("cluster")
+    means, share = by[names].transform("mean").to_numpy(), by["z"].transform("mean").to_numpy()[:, None]
+    psi = np.column_stack([x, means, share * x, x[:, [1]] * means])
+    starts, totals = np.r_[0, np.cumsum((~z * 1).reshape(30, 25).sum(axis=1))], z.reshape(30, 25).sum(axis=1).astype(float)
+    found = solve_mundlak(x[~z], psi[~z], starts, x[z].mean(axis=0), psi[z].mean(axis=0), totals, lam, scaling="sums", solver=solver)
+    np.testing.assert_allclose(found.weights, exact[f"mundlak_lam{lam}_scale1_exact1"].to_numpy()[~z], atol=1e-9)
+
+
+def blocks(seed):
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(8, 20, 5)
+    return rng.normal(size=(sizes.sum(), 2)), np.r_[0, np.cumsum(sizes)], 0.2 * rng.normal(size=(5, 2)), rng.integers(1, 6, 5).astype(float)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 1000), lam=st.sampled_from([0.1, 1.0, 30.0]))
+def test_products_with_cluster_indicators_are_the_hierarchical_problem_of_sums(seed, lam):
+    x, starts, means, totals = blocks(seed)
+    member = np.repeat(np.eye(5), np.diff(starts), axis=0)
+    products = (x[:, :, None] * member[:, None, :]).reshape(len(x), -1)
+    goal = (means[:, :, None] * np.eye(5)[:, None, :]).reshape(5, -1)
+    share = totals / totals.sum()
+    try:
+        one = solve_hierarchical(x, starts, means, totals, lam, scaling="sums").weights
+    except cw.InfeasibleError:
+        return
+    np.testing.assert_allclose(solve_mundlak(x, products, starts, share @ means, share @ goal, totals, lam, scaling="sums").weights, one, atol=1e-8)
+
+
+@pytest.fixture(scope="module")
+def frame():
+    return framework_data(5, n_clusters=30, mean_size=25).drop(columns=["x5", "x6", "x7", "x8", "x9", "x10"])
+
+
+def columns(study):
+    "Standardised covariates and statistics by unit, from pandas."
+    x = pd.DataFrame(study.x, columns=list(study.names)).assign(share=study.treat)
+    both = pd.concat([x.drop(columns="share"), x.groupby(study.cluster).transform("mean").add_prefix("mean ")], axis=1)
+    return ((both - both.mean()) / both.std(ddof=0)).to_numpy()
+
+
+def test_the_objective_is_equation_8(frame):
+    "The optimum beats every feasible direction of the objective written out again."
+    study, lam, rng = simulated_study(frame), 50.0, np.random.default_rng(0)
+    w, both = cw.mundlak_weights(study, lam=lam), columns(simulated_study(frame))
+    d, q, z = 4, 5, study.treat
+    psi = (both[:, :d, None] * both[:, None, d:]).reshape(study.n, -1)
+    exact, gamma, n1 = np.column_stack([np.ones(study.n), both])[~z], w.in_order[~z], z.sum()
+    np.testing.assert_allclose(gamma @ exact / n1, np.column_stack([np.ones(study.n), both])[z].mean(axis=0), atol=1e-9)
+
+    def value(v):
+        return ((v @ psi[~z] / n1 - psi[z].mean(axis=0)) ** 2).sum() / q + lam * (v**2).sum() / n1**2
+    free = gamma > 0
+    for _ in range(20):
+        step = np.where(free, rng.normal(size=len(gamma)), 0.0)
+        step[free] -= exact[free] @ np.linalg.lstsq(exact[free], step[free], rcond=None)[0]          # keeps all that is exact
+        slope = (value(gamma + 1e-4 * step) - value(gamma - 1e-4 * step)) / 2e-4
+        assert abs(slope) < 1e-9 and value(gamma + 1e-2 * step) > value(gamma)
+
+
+def test_without_a_local_term_to_speak_of_weights_are_the_least_variable(frame):
+    study = simulated_study(frame)
+    both = columns(study)
+    wide = cw.Study(pd.DataFrame(both, columns=[f"c{j}" for j in range(9)]).assign(z=study.treat, g=study.cluster), treat="z", cluster="g", covs=[f"c{j}" for j in range(9)])
+    np.testing.assert_allclose(cw.mundlak_weights(study, lam=1e9).weights, cw.balancing_weights(wide).weights, atol=1e-5)
+
+
+def test_statistics_that_tell_all_clusters_apart_make_both_variants_one():
+    study = simulated_study(framework_data(2, n_clusters=6, mean_size=80).drop(columns=[f"x{j}" for j in range(4, 11)]))
+    recipe = ["means", "treated", "treated means", "squares"]
+    assert len(cw.cluster_statistics(study, recipe).names) == 5
+    found = [cw.mundlak_weights(study, variant=v, statistics=recipe, lam=1.0).weights for v in ("gb", "avto")]
+    np.testing.assert_allclose(*found, atol=1e-7)
+
+
+def test_copies_of_statistics_do_not_count_and_near_copies_do_no_harm(frame):
+    study = simulated_study(frame)
+    w = cw.mundlak_weights(study, lam=1.0)
+    copied = cw.mundlak_weights(study, lam=1.0, statistics=["means", "treated", lambda s: pd.DataFrame({"again": 2 * s.x[:, 1] - s.treat + 7})])
+    np.testing.assert_allclose(copied.weights, w.weights, atol=1e-10)
+    assert "without 'mean again'" in copied.facts["statistics"]
+    jitter = np.random.default_rng(0).normal(size=study.n)
+    near = cw.mundlak_weights(study, lam=1.0, statistics=["means", "treated", lambda s: s.x[:, [1]] + 1e-4 * jitter[:, None]])
+    assert near.solution.certificate.ok and near.facts["statistics"].startswith("6 of each")
+
+
+@pytest.mark.parametrize("variant", ["gb", "avto"])
+def test_scale_and_origin_do_not_matter_with_rich_statistics(frame, variant):
+    changed = frame.assign(x2=1e4 * frame["x2"] + 300, x1=5 - 3 * frame["x1"])
+    options = dict(lam=20.0, variant=variant, statistics=["means", "treated", "treated means", "squares"], tolerance=0.1)
+    found = [cw.mundlak_weights(simulated_study(f), **options).weights for f in (frame, changed)]
+    np.testing.assert_allclose(*found, atol=1e-7)
+
+
+def test_what_is_extrapolated(frame):
+    one_armed = frame[~(frame["cluster"].isin([0, 1]) & (frame["treat"] == 0))]
+    share = one_armed.loc[one_armed["treat"] == 1, "cluster"].isin([0, 1]).mean()
+    assert 0.02 < share < 0.1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gb = cw.mundlak_weights(simulated_study(one_armed))
+    assert gb.facts["extrapolation from controls"].startswith(f"{share:.1%}") and gb.target.units == (one_armed["treat"] == 1).sum()
+    assert "extrapolation" in str(gb.summary()) and "extrapolation" not in str(cw.mundlak_weights(simulated_study(frame)).summary())
+    with pytest.warns(cw.DroppedUnitsWarning, match="no controls in cluster"):
+        avto = cw.mundlak_weights(simulated_study(one_armed), variant="avto")
+    assert avto.target.units == gb.target.units - one_armed["cluster"].isin([0, 1]).sum() and "extrapolation from controls" not in avto.facts
+    many = frame[~((frame["cluster"] < 6) & (frame["treat"] == 0))]
+    with pytest.warns(cw.OverlapWarning, match="clusters without controls") as caught:
+        cw.mundlak_weights(simulated_study(many), lam=1.0, tolerance=0.1)
+    assert {w.filename for w in caught} == {__file__}
+
+
+def test_cluster_level_covariates_alone(frame):
+    "Products are none then: what is left is balance of clusters' properties."
+    sized = frame.assign(size=frame.groupby("cluster")["treat"].transform("size"))
+    study = cw.Study(sized, treat="treat", outcome="outcome", cluster="cluster", covs=["size"])
+    w = cw.mundlak_weights(study)
+    assert w.facts["statistics"].startswith("2 of each cluster, and 0 × 2 = 0 products")
+    assert np.average(sized["size"][sized["treat"] == 0], weights=w.weights[sized["treat"] == 0]) == pytest.approx(sized["size"][sized["treat"] == 1].mean())
+
+
+@pytest.mark.parametrize("name, options", [("hierarchical", {}), ("mundlak", {}), ("mundlak", {"variant": "avto"})])
+def test_lam_by_balance_reads_no_outcome(frame, name, options):
+    method = getattr(cw, f"{name}_weights")
+    roles = dict(treat="treat", cluster="cluster", covs=["x1", "x2", "x3", "x4"])
+    blind, other = cw.Study(frame, **roles), cw.Study(frame.assign(outcome=frame["x1"] * 9), outcome="outcome", **roles)
+    first = method(blind, lam="balance", **options)
+    np.testing.assert_array_equal(first.weights, method(other, lam="balance", **options).weights)
+    assert isinstance(first.params["lam"], float) and first.refit(other).params["lam"] == first.params["lam"]
+    mixed = method(blind, lam={"controls": "balance", "treated": 2.0}, estimand="ATE", **options)
+    assert mixed.params["lam"]["treated"] == 2.0 and mixed.params["lam"]["controls"] in np.logspace(5, -3, 25)
+
+
+def test_lam_by_balance_needs_pairs_of_target_units(frame):
+    single = pd.concat([frame[frame["treat"] == 0], frame[frame["treat"] == 1].groupby("cluster").head(1)])
+    for method in (cw.hierarchical_weights, cw.mundlak_weights):
+        with pytest.raises(cw.EstimationError, match="no cluster has two"):
+            method(simulated_study(single), lam="balance", tolerance="auto")
+    study = simulated_study(frame)
+    with pytest.raises(cw.EstimationError, match="from outside"):
+        cw.hierarchical_weights(study, lam="balance", estimand="ATE", target=frame)
+
+
+def test_the_path_ends_where_single_fits_do(frame):
+    study = simulated_study(frame)
+    w = cw.mundlak_weights(study, lam=3.0, estimand="ATE")
+    path = w.path([0.3, 3.0, 3000.0])
+    other = cw.mundlak_weights(study, lam=3000.0, estimand="ATE")
+    assert path.table["estimate"].iloc[2] == pytest.approx(other.estimate().estimate) and path.table["ess"].iloc[2] == pytest.approx(min(other.ess.values()))
+    assert path.table.iloc[1].to_numpy() == pytest.approx(path.chosen.to_numpy())
+    assert "estimate" not in cw.hierarchical_weights(cw.Study(frame, treat="treat", cluster="cluster", covs="x1"), lam=1.0).path([1.0, 2.0]).table
+
+
+def test_scores_are_those_of_a_logistic_regression(frame):
+    study = simulated_study(frame)
+    fitted = sm.Logit(study.treat.astype(float), sm.add_constant(columns(study))).fit(disp=0, tol=1e-12).predict()
+    np.testing.assert_allclose(study.from_rows(cw.mundlak_scores(study)), fitted, atol=1e-7)
+    assert np.abs(cw.mundlak_scores(study, products=True) - cw.mundlak_scores(study)).max() > 0.01
+    assert np.abs(cw.mundlak_scores(study, "treated") - cw.mundlak_scores(study)).max() > 0.01
+
+
+def test_the_split_of_the_bias_adds_up_in_both_arms(frame):
+    study, rng = simulated_study(frame), np.random.default_rng(1)
+    level = rng.normal(size=30)[frame["cluster"]] + 5 * frame.groupby("cluster")["treat"].transform("mean")
+    slope = rng.normal(size=30)[frame["cluster"]]
+    parts = dict(levels={"controls": level, "treated": 2 * level}, common=frame["x1"], departures=slope * frame["x2"])
+    for weights in (cw.mundlak_weights(study, estimand="ATE"), cw.balancing_weights(study, estimand="ATE"), cw.hierarchical_weights(study)):
+        ours, plain = cw.decompose_by_statistics(weights, **parts), cw.decompose(weights, **parts).terms
+        np.testing.assert_allclose(ours.loc["bias"], plain.loc["bias"], atol=1e-10)
+        np.testing.assert_allclose(ours.loc[["global cluster", "levels beyond the statistics"]].sum(), plain.loc["average to one"], atol=1e-10)
+        np.testing.assert_allclose(ours.loc[["local", "departures beyond the statistics"]].sum(), plain.loc["local"], atol=1e-10)
+    linear = cw.decompose_by_statistics(cw.balancing_weights(study), levels=5 * frame.groupby("cluster")["treat"].transform("mean"))
+    assert abs(linear.loc["global cluster", "effect"]) > 0.01 and abs(linear.loc["levels beyond the statistics", "effect"]) < 1e-10
+    with pytest.raises(cw.InputError, match="levels differ"):
+        cw.decompose_by_statistics(cw.mundlak_weights(study), levels=frame["x2"])
+
+
+def test_statistics_weigh_units_by_their_sampling_weights(frame):
+    people = np.random.default_rng(4).integers(1, 5, len(frame))
+    study = cw.Study(frame.assign(people=people), treat="treat", cluster="cluster", covs=["x1", "x2"], sampling_weights="people")
+    found = cw.cluster_statistics(study).table["mean x2"].to_numpy()
+    expected = (people * frame["x2"]).groupby(frame["cluster"]).sum() / pd.Series(people, frame.index).groupby(frame["cluster"]).sum()
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+def test_weights_travel(frame):
+    w = cw.mundlak_weights(simulated_study(frame))
+    again = pickle.loads(pickle.dumps(w))
+    np.testing.assert_array_equal(again.weights, w.weights)
+    assert again.facts == w.facts and again.label == "Mundlak, global balance"
+    assert cw.mundlak_weights(simulated_study(frame), variant="avto").label == "Mundlak, average to one"
+    drawn = w.study.resample(np.arange(0, 30, 2))
+    np.testing.assert_allclose(w.refit(drawn).weights, cw.mundlak_weights(drawn, lam=w.params["lam"]).weights, atol=1e-12)
