@@ -28,6 +28,7 @@ from fastcore.basics import patch
 import clusterweights.balancing  # noqa: F401  (importing a method's module registers it)
 import clusterweights.hierarchical  # noqa: F401
 import clusterweights.ipw  # noqa: F401
+import clusterweights.mundlak  # noqa: F401
 from . import __version__
 from .core import (ClusterWeightsError, ClusterWeightsWarning, EstimationError, InfeasibleError, InputError, SolverError, Table, caller_depth, check_output,
                                  counted, decimals, interval_plot, listed, nearest, write_file)
@@ -72,8 +73,10 @@ class Comparison:
 
     def __str__(self) -> str:
         table = self.summary()
-        upright = Table(_narrow(table.cells().T), table.title, self._notes())           # methods side by side fit a terminal
-        return f"{upright}\n\n{textwrap.fill(self.reading(), 110)}"
+        upright = table.cells().T                                                       # methods side by side fit a terminal, up to six of them
+        parts = [_narrow(upright.iloc[:, first:first + 6]) for first in range(0, upright.shape[1], 6)]
+        tables = [str(Table(part, table.title if not i else "", self._notes() if i == len(parts) - 1 else ())) for i, part in enumerate(parts)]
+        return "\n\n".join([*tables, textwrap.fill(self.reading(), 110)])
     __repr__ = __str__
 
 # %% ../nbs/20_comparison.ipynb #8764885c
@@ -98,7 +101,7 @@ def _row(weights: Weights, balance: Balance, level: float, vcov: str) -> dict:
             "units": weights.target.units, "clusters": weights.target.clusters or np.nan, "status": weights.status}
 
 
-_DEFAULT = ("unadjusted", "balancing", "ipw", "hierarchical")
+_DEFAULT = ("unadjusted", "balancing", "ipw", "hierarchical", ("mundlak", {"variant": "gb"}), ("mundlak", {"variant": "avto"}))
 
 
 def _suits(study: Study, name: str, estimand) -> bool:
@@ -116,7 +119,7 @@ def _entries(study, methods, options: Mapping) -> dict[str, tuple[str, dict]]:
     if study.outcome is None:
         raise InputError("The study has no outcome: give outcome=… when making the Study.")
     if methods is None:
-        methods = [name for name in _DEFAULT if _suits(study, name, options.get("estimand"))]
+        methods = [entry for entry in _DEFAULT if _suits(study, entry[0] if isinstance(entry, tuple) else entry, options.get("estimand"))]
     if isinstance(methods, str) or not methods:
         raise InputError("methods must be a list of names, for example ['unadjusted', 'hierarchical'], or of names with options: ('ipw', {'model': 'none'}).")
     asked = [entry if isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[1], Mapping) else (entry, {}) for entry in methods]
@@ -140,18 +143,11 @@ def _give_again(caught: list, label: str) -> None:
         warnings.warn(type(w.message)(f"{label}: {w.message}") if own else w.message, stacklevel=caller_depth())
 
 
-def compare(study: Study, methods: Sequence[str] | None = None, *, level: float = 0.95, vcov: str = "auto", **options) -> Comparison:
-    """Run several methods on one study and put their results side by side.
-
-    methods : names of registered methods, in the order of the table, or names with options of their own, ("ipw", {"model": "none"}); default: those of unadjusted, balancing, ipw (random intercept) and hierarchical that
-    can be used in this study. level : of the intervals. vcov : the standard error, as in `Weights.estimate`. options : passed to each method that
-    has an option of that name: estimand ("ATT", "ATC", "ATE", "ATO"), lam, tolerance, bounds, max_share, cluster_weight, target, solver; what they
-    mean is said at `hierarchical_weights` and `balancing_weights`. A method that finds no weights stays in the table with its reason; any other
-    error is raised. Warnings say which method they are about."""
-    entries = _entries(study, methods, options)
+def _run(study: Study, entries: Mapping[str, tuple[str, dict]], level: float, vcov: str, suffix: str = "") -> tuple[dict, dict, dict, dict, dict]:
+    "Rows of the table, weights, balances, errors and warnings of each entry; their keys and labels end in `suffix`."
     rows, weights, balances, errors, said = {}, {}, {}, {}, {}
-    estimand = canonical_estimand(options.get("estimand"), METHODS[next(iter(entries.values()))[0]], study)
-    for name, (registered, own) in entries.items():
+    for key, (registered, own) in entries.items():
+        name, label = key + suffix, METHODS[registered].called(own) + suffix
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", ClusterWeightsWarning)
             try:
@@ -162,13 +158,48 @@ def compare(study: Study, methods: Sequence[str] | None = None, *, level: float 
             except tuple(_FAILURES) as error:
                 errors[name] = error
                 rows[name] = {"status": _FAILURES[type(error)]}
-        rows[name]["label"] = METHODS[registered].called(own)
+        rows[name]["label"] = label
         said[name] = [str(w.message) for w in caught if isinstance(w.message, ClusterWeightsWarning)]
-        _give_again(caught, METHODS[registered].called(own))
+        _give_again(caught, label)
+    return rows, weights, balances, errors, said
+
+
+_SAME = ", same clusters"
+
+
+def _again_where(study: Study, weights: Mapping[str, Weights]) -> tuple[Study | None, list[str]]:
+    "The study of the units that all methods keep (None if they keep the same), and the keys of the methods that keep more."
+    kept = {name: w.reason == "" for name, w in weights.items() if w.outside is None}
+    common = np.all(list(kept.values()), axis=0) if kept else np.ones(study.n, dtype=bool)
+    more = [name for name, own in kept.items() if (own & ~common).any()]
+    return (study.restrict(common), more) if more and common.any() else (None, [])
+
+
+def compare(study: Study, methods: Sequence | None = None, *, level: float = 0.95, vcov: str = "auto", same_clusters: bool | None = None, **options) -> Comparison:
+    """Run several methods on one study and put their results side by side.
+
+    methods : names of registered methods, in the order of the table, or names with options of their own, ("ipw", {"model": "none"}); default: those of unadjusted, balancing, ipw (random intercept), hierarchical and both
+    variants of mundlak that can be used in this study. level : of the intervals. vcov : the standard error, as in `Weights.estimate`.
+    same_clusters : methods within clusters leave out clusters that lack an arm, others do not. None (default): those that keep more units are run again on the units that all keep, in rows of their own, which tells a change of method
+    from a change of population; False: not again; True: on these units only. options : passed to each method that
+    has an option of that name: estimand ("ATT", "ATC", "ATE", "ATO"), lam, tolerance, bounds, max_share, cluster_weight, target, solver; what they
+    mean is said at `hierarchical_weights` and `balancing_weights`. A method that finds no weights stays in the table with its reason; any other
+    error is raised. Warnings say which method they are about."""
+    entries = _entries(study, methods, options)
+    estimand = canonical_estimand(options.get("estimand"), METHODS[next(iter(entries.values()))[0]], study)
+    found = _run(study, entries, level, vcov)
+    part, more = (None, []) if same_clusters is False else _again_where(study, found[1])
+    if more:
+        again = _run(part, {name: entries[name] for name in more}, level, vcov, _SAME)
+        merged = [{**first, **second} for first, second in zip(found, again)]
+        order = [name + _SAME if name in more else name for name in entries] if same_clusters else list(merged[0])
+        found = [{name: d[name] for name in order if name in d} for d in merged]
+    rows, weights, balances, errors, said = found
     table = pd.DataFrame.from_dict(rows, orient="index", columns=_COLUMNS)
-    ignored = {name: [o for o in options if o not in METHODS[registered].options and o in _TARGETING] for name, (registered, _) in entries.items()}
+    registered = {name: entries[name.removesuffix(_SAME)][0] for name in rows}
+    ignored = {name: [o for o in options if o not in METHODS[own].options and o in _TARGETING] for name, own in registered.items()}
     return Comparison(study, table, weights, balances, errors, level, estimand, *({k: v for k, v in d.items() if v} for d in (ignored, said)),
-                      _change(weights), {name: registered for name, (registered, _) in entries.items()})
+                      _change(weights), registered)
 
 # %% ../nbs/20_comparison.ipynb #2a37881e
 @patch
@@ -222,8 +253,9 @@ def plot(self: Comparison, ax=None):
 # %% ../nbs/20_comparison.ipynb #8b73a849
 @patch
 def plot_balance(self: Comparison, axes=None):
-    "Love plot of what each method (at most 8) leaves; returns the three Axes. `balances[name].plot()` shows one method before and after."
-    return love_plot(self.study.names, {self.table.loc[name, 'label']: b.differences["after weighting"] for name, b in self.balances.items()}, axes)
+    "Love plot of what each method (at most 8) leaves, each on the units it keeps; returns the three Axes. `balances[name].plot()` shows one method before and after."
+    left = {self.table.loc[name, 'label']: b.differences["after weighting"] for name, b in self.balances.items() if not name.endswith(_SAME)}
+    return love_plot(self.study.names, left or {self.table.loc[name, 'label']: b.differences["after weighting"] for name, b in self.balances.items()}, axes)
 
 # %% ../nbs/20_comparison.ipynb #659943b8
 _NOTICEABLE = 0.1    # the usual threshold for a standardised difference

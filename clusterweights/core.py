@@ -202,7 +202,7 @@ class Table:
                              for name in self.frame}, index=self.frame.index, columns=self.frame.columns, dtype=object)
 
     def __str__(self) -> str:
-        body = self.cells().to_string(header=list(self.frame) != [""]) if len(self.frame) else "(no rows)"
+        body = self.cells().to_string(sparsify=False, header=list(self.frame) != [""]) if len(self.frame) else "(no rows)"
         return "\n".join([*([self.title] if self.title else []), body, *map(_wrapped, self.notes)])
 
     __repr__ = __str__

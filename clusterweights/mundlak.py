@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from .core import InputError, OverlapWarning, Table, caller_depth, counted, listed, nearest
+from .core import EstimationError, InputError, OverlapWarning, Table, caller_depth, counted, listed, nearest
 from .framework import decompose
 from .ipw import fit_levels
 from .qp import BlockSums, Problem, Solution, block_bounds, centred, exact_means, exact_totals, solve_within
@@ -220,7 +220,7 @@ def mundlak_weights(study: Study, lam: float | str | Mapping[str, float] = "auto
     if variant not in _VARIANTS:
         raise InputError(f"Unknown variant {variant!r}." + nearest(variant, _VARIANTS))
     if study.totals is not None:
-        raise InputError("Population totals say nothing of clusters' statistics. Use balancing_weights.")
+        raise EstimationError("Population totals say nothing of clusters' statistics. Use balancing_weights.")
     within, found = variant == "avto", cluster_statistics(study, statistics)
     f = _features(study, found, standardize=bool(standardize))
     exact = f.phi if within else np.column_stack([f.phi, f.s])

@@ -116,7 +116,7 @@ def test_the_demo_prints_what_the_methods_say(capsys):
     for name in expected.table.index:
         assert f"{expected.table.loc[name, 'estimate']:.4f}" in out
         assert f" {expected.table.loc[name, 'ess_controls']:,.0f}" in out
-    assert " 712\n" in out
+    assert " 712 " in out
     assert "Next: your own data." in out
     assert err == ""
 
@@ -286,7 +286,8 @@ def test_some_failed_is_done_and_all_failed_is_not(monkeypatch, capsys):
     monkeypatch.setitem(core.TOLERANCES, "gap", -1.0)
     assert cli.main(["compare", "late.csv", *ROLES, "--out", "some.html"]) == 0
     out, err = capsys.readouterr()
-    assert re.findall(r"^(.*) gave no estimate: ", err, flags=re.MULTILINE) == ["Balancing, no clusters", "Hierarchical balancing"]
+    assert re.findall(r"^(.*) gave no estimate: ", err, flags=re.MULTILINE) == ["Balancing, no clusters", "Hierarchical balancing", "Mundlak, global balance",
+                                                                                   "Mundlak, average to one"]
     assert "Unadjusted" in out
     assert cli.main(["compare", "late.csv", *ROLES, "--methods", "balancing", "--out", "none.html", "--weights", "none.csv"]) == 1
     assert sorted(os.listdir()) == ["late.csv", "none.html", "some.html"]
@@ -297,8 +298,11 @@ def test_warnings_are_lines_that_name_the_method(capsys):
     busy = frame[frame["late"] == 1]["school"].value_counts().index[:3]
     frame[~(frame["school"].isin(busy) & (frame["late"] == 0))].to_csv("data.csv", index=False)
     assert cli.main(["compare", "data.csv", *ROLES, "--lam", "1"]) == 0
-    [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("Warning: Hierarchical balancing: 153 of 1,142 treated units were left out")
+    lines = capsys.readouterr().err.splitlines()
+    assert all(line.startswith("Warning: ") for line in lines)
+    first, second = (line for line in lines if "were left out" in line)
+    assert first.startswith("Warning: Hierarchical balancing: 153 of 1,142 treated units were left out")
+    assert second.startswith("Warning: Mundlak, average to one: 153 of 1,142 treated units were left out")
 
 
 # --- as a process -------------------------------------------------------------------------------------------------

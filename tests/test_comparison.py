@@ -79,7 +79,7 @@ def test_level_columns_and_picture():
 
 def test_the_table_is_that_of_each_method_alone():
     c = cw.compare(study(), lam=0.7)
-    assert list(c.table.index) == ["unadjusted", "balancing", "ipw", "hierarchical"]
+    assert list(c.table.index) == ["unadjusted", "balancing", "ipw", "hierarchical", "mundlak gb", "mundlak avto"]
     for name, w in {"unadjusted": cw.unadjusted_weights(study()), "balancing": cw.balancing_weights(study()), "ipw": cw.ipw_weights(study()),
                     "hierarchical": cw.hierarchical_weights(study(), lam=0.7)}.items():
         row, e, l2 = c.table.loc[name], w.estimate(), w.balance().l2
