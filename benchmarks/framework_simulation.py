@@ -3,7 +3,7 @@
 Run: python benchmarks/framework_simulation.py [--reps 200] [--jobs 2]. Writes benchmarks/framework_simulation.md.
 
 The reference biases are from an independent replication with 200 replicates (Monte Carlo error .004): features are the ten covariates,
-standardised; lam is the residual variance of the outcome among controls, in the outcome's own units, as in the paper."""
+standardised; lam is the residual variance of the outcome among controls, in the outcome's own units, as in the paper. "no share": without the share treated."""
 
 import argparse
 import time
@@ -16,7 +16,9 @@ import pandas as pd
 import clusterweights as cw
 from clusterweights.simulate import framework_data, monte_carlo, sample_att, simulated_study
 
-REFERENCE = {"balancing": {0.0: -0.006, 0.25: 0.071, 0.5: 0.146}, "hierarchical": {0.0: -0.002, 0.25: -0.004, 0.5: -0.004}}
+REFERENCE = {"balancing": {0.0: -0.006, 0.25: 0.071, 0.5: 0.146}, "RI-IPW": {0.0: -0.041, 0.25: 0.020, 0.5: 0.039},
+             "hierarchical": {0.0: -0.002, 0.25: -0.004, 0.5: -0.004}, "Mundlak GB": {0.0: -0.005, 0.25: -0.005, 0.5: -0.004},
+             "Mundlak AvTO": {0.0: -0.004, 0.25: -0.006, 0.5: -0.007}, "Mundlak GB, no share": {0.0: -0.005, 0.25: 0.065, 0.5: 0.133}}
 REFERENCE_ERROR = 0.004
 
 
@@ -34,6 +36,19 @@ def hierarchical(data):
     return cw.hierarchical_weights(study, lam=residual_variance(study)).estimate()
 
 
+def random_intercept(data): return cw.ipw_weights(simulated_study(data)).estimate()
+
+
+def mundlak(data, **options):
+    study = simulated_study(data)
+    q = len(cw.cluster_statistics(study, options.get("statistics", ("means", "treated"))).names)
+    return cw.mundlak_weights(study, lam=residual_variance(study) / q, **options).estimate()        # the paper prices each product at 1, not 1 / q
+
+
+ESTIMATORS = {"balancing": balancing, "RI-IPW": random_intercept, "hierarchical": hierarchical, "Mundlak GB": mundlak, "Mundlak AvTO": partial(mundlak, variant="avto"),
+              "Mundlak GB, no share": partial(mundlak, statistics="means")}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--reps", type=int, default=200)
@@ -41,7 +56,7 @@ def main():
     options = parser.parse_args()
     rows, start = [], time.perf_counter()
     for rho in (0.0, 0.25, 0.5):
-        result = monte_carlo(partial(framework_data, rho_u=rho), {"balancing": balancing, "hierarchical": hierarchical}, options.reps,
+        result = monte_carlo(partial(framework_data, rho_u=rho), ESTIMATORS, options.reps,
                              seed=20260207, truth=sample_att, n_jobs=options.jobs)
         draws = result.draws
         for name, own in draws.groupby("estimator"):

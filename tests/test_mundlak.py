@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import clusterweights as cw
+import clusterweights.weights as weights_module
 from clusterweights.hierarchical import solve_hierarchical
 from clusterweights.mundlak import solve_mundlak
 from clusterweights.simulate import framework_data, simulated_study
+from clusterweights.weights import _halves, arms
 
 REFERENCE = Path(__file__).parent / "reference" / "balancer"
 
@@ -155,6 +157,27 @@ def test_lam_by_balance_reads_no_outcome(frame, name, options):
     assert isinstance(first.params["lam"], float) and first.refit(other).params["lam"] == first.params["lam"]
     mixed = method(blind, lam={"controls": "balance", "treated": 2.0}, estimand="ATE", **options)
     assert mixed.params["lam"]["treated"] == 2.0 and mixed.params["lam"]["controls"] in np.logspace(5, -3, 25)
+
+
+def test_lam_by_balance_is_the_largest_with_95_percent_of_attainable_balance(frame, monkeypatch):
+    "The rule computed again, with single fits in place of the path; halves as the module draws them."
+    curves, held_out = [], weights_module._held_out
+    monkeypatch.setattr(weights_module, "_held_out", lambda *args: curves.append(held_out(*args)) or curves[-1])
+    study, lams, rng = simulated_study(frame), np.logspace(5, -3, 25), np.random.default_rng(0)
+    [arm], _, _ = arms(study, "ATT", within=True)
+    held = np.zeros(25)
+    for _ in range(3):
+        pair = _halves(study, arm, True, True, rng)
+        for one, other in (pair, pair[::-1]):
+            assert ((one.goal > 0) & (other.goal > 0)).sum() == 0 and one.target_total.sum() == pytest.approx(2 * (one.goal > 0).sum())
+            for k, lam in enumerate(lams):
+                v = solve_hierarchical(one.x, one.starts, one.target_mean, one.target_total, lam).weights
+                means = np.add.reduceat(v[:, None] * one.x, one.starts[:-1]) / one.target_total[:, None]
+                held[k] += ((means - other.target_mean) ** 2).sum()
+    gained = (held[0] - held) / (held[0] - held.min())
+    assert 0 < np.argmax(gained >= 0.95) != np.argmax(gained >= 0.5)
+    assert cw.hierarchical_weights(study, lam="balance").params["lam"] == pytest.approx(lams[np.argmax(gained >= 0.95)])
+    np.testing.assert_allclose(np.sum(curves, axis=0), held, rtol=1e-7)
 
 
 def test_lam_by_balance_needs_pairs_of_target_units(frame):
