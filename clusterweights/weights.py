@@ -204,7 +204,7 @@ class Method:
 
     outcome_model : what the standard error's outcome model may know, see `OutcomeModel`; or a function of the options used.
     estimands : those it can estimate in a study of treated and untreated; "mean" and "total" in a survey. source : the reference to cite.
-    whole_clusters : whether it can be used where whole clusters were treated."""
+    whole_clusters : whether it can be used where whole clusters were treated. units : whether where treatment varies within clusters, and in surveys."""
     name: str
     label: str | Callable[[Mapping], str]
     function: Callable
@@ -212,6 +212,7 @@ class Method:
     estimands: tuple[str, ...]
     source: str = ""
     whole_clusters: bool = False
+    units: bool = True
 
     @functools.cached_property
     def options(self) -> tuple[str, ...]:
@@ -232,10 +233,10 @@ FRAMEWORK_PAPER = "Ben-Michael, E., Feller, A. & Keele, L. (2026). A weighting f
 
 
 def method(name: str, label: str | Callable, *, outcome_model: str | Callable, estimands: tuple[str, ...] = ("ATT", "ATC", "ATE"), source: str = "",
-           whole_clusters: bool = False) -> Callable:
+           whole_clusters: bool = False, units: bool = True) -> Callable:
     """Register a function `<name>_weights(study, …, *, estimand=None, …) -> Weights` as a method of that name.
 
-    The function gets the estimand by its usual name. label : for tables. outcome_model, estimands, source, whole_clusters : as in `Method`."""
+    The function gets the estimand by its usual name. label : for tables. outcome_model, estimands, source, whole_clusters, units : as in `Method`."""
     def register(function):
         @functools.wraps(function)
         def run(study, *args, **options):
@@ -248,7 +249,7 @@ def method(name: str, label: str | Callable, *, outcome_model: str | Callable, e
             weights = function(study, *args, **options)
             _warn(weights)
             return weights
-        METHODS[name] = Method(name, label, run, outcome_model, estimands, source, whole_clusters)
+        METHODS[name] = Method(name, label, run, outcome_model, estimands, source, whole_clusters, units)
         return run
     return register
 
@@ -262,7 +263,7 @@ def canonical_estimand(estimand: str | None, method: Method, study: Study) -> st
         return str(estimand).lower()
     name = str(estimand) if str(estimand) in possible else _ALIASES.get(str(estimand).upper(), str(estimand).upper())
     if name not in possible:
-        others = [m.called({}) for m in METHODS.values() if name in m.estimands and study.level != "survey"]
+        others = [m.called({}) for m in METHODS.values() if name in m.estimands and study.level != "survey" and (m.whole_clusters if study.level == "cluster" else m.units)]
         raise InputError(f"{method.called({})} cannot estimate estimand={estimand!r} in this study; it offers {listed(possible)}."
                          + (f" {listed(others)} can." if others else ""))
     return name
@@ -283,6 +284,18 @@ def _check_call(method: Method, study, options: Mapping) -> None:
         others = [m.function.__name__ for m in METHODS.values() if m.whole_clusters]
         raise InputError(f"{study.columns['treat']!r} never varies within {study.columns['cluster']!r}: whole clusters were treated. {name} compares "
                          f"treated and untreated within clusters, so it cannot be used; {listed(others)} can.")
+    if study.level != "cluster" and not method.units:
+        raise InputError(f"{name} is for whole clusters that are treated or not. {_why_not_whole(study)} "
+                         f"{listed(m.function.__name__ for m in METHODS.values() if m.units and not m.whole_clusters)} compare within clusters.")
+
+
+def _why_not_whole(study: Study) -> str:
+    "Why treatment is not one of whole clusters, naming those that have both arms."
+    if study.level == "survey":
+        return "A survey has one arm, those who answered."
+    both = (study.n_treated > 0) & (study.n_controls > 0)
+    return (f"{study.columns['treat']!r} varies within {both.sum():,} of {study.n_clusters:,} clusters ({listed(study.labels[both])}). "
+            "If these are slips in the data, mend them first.")
 
 # %% ../nbs/08_weights.ipynb #5da0a381
 @dataclass(frozen=True)
