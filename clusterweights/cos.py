@@ -153,6 +153,10 @@ def outcome_noise(x: np.ndarray, y: np.ndarray, starts: np.ndarray, *, treat: np
     varies = np.ptp(x, axis=0) > 1e-9
     own = [f"x{j}" for j in range(x.shape[1])] if names is None else list(names)
     columns, extra = x[:, varies], [] if treat is None else [treat.astype(float)]
+    shared = sum((np.maximum.reduceat(v, starts[:-1]) - np.minimum.reduceat(v, starts[:-1])).max() < 1e-9 for v in columns.T) + len(extra)
+    if len(starts) - 2 <= shared:
+        raise EstimationError(f"{counted(len(starts) - 1, 'cluster')} and {shared} columns that do not vary within them (treatment among them) leave nothing to estimate the variance between "
+                              "clusters from.")
     fit: LinearMixed = fit_linear_mixed(np.column_stack([columns, *extra]), y, starts, names=[n for n, v in zip(own, varies) if v] + ["treatment"] * len(extra))
     signal = float((fit.coef[1:1 + columns.shape[1]] ** 2).sum())
     return Noise(fit.between + fit.within, fit.icc, signal, len(y), len(starts) - 1)
@@ -359,7 +363,7 @@ class CosAdvice:
     def _notes(self) -> list[str]:
         c, u = self.clusters, self.units
         return [f"Residual variance with covariates of clusters {c.variance:.4g} (ICC {c.icc:.3f}, lam {c.lam:.3g}), of units as well {u.variance:.4g} (ICC {u.icc:.3f}, lam {u.lam:.3g}): {counted(u.units, 'unit')} in "
-                f"{counted(u.clusters, 'cluster')} of {self.arm}.",
+                f"{counted(u.clusters, 'cluster')}. The {self.arm} are weighted.",
                 f"Variance ratio: {u.variance:.4g} / {c.variance:.4g} times the design effect; below 1, covariates of units make the estimate more precise. It compares variances only, for "
                 f"covariates that are balanced either way, and takes the ICC of this study as the same in both models; with each model's own it is {self.own_ratio:.3f}.",
                 "If units could choose their cluster because of its treatment, covariates of units belong in, whatever the ratio."]
