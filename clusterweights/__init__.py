@@ -3,7 +3,7 @@
 __version__ = "0.1.0"
 
 from clusterweights.balancing import balancing_weights
-from clusterweights.comparison import Comparison, compare
+from clusterweights.comparison import Agreement, Comparison, agreement, compare
 from clusterweights.core import (ClusterWeightsError, ClusterWeightsWarning, DroppedUnitsWarning, EstimationError,
                                  FewClustersWarning, InfeasibleError, InputError, NotConvergedWarning, OverlapWarning, SolverError)
 from clusterweights.cos import CosAdvice, cos_advice, cos_features, cos_weights, plot_arm_means, plot_clusters
@@ -16,8 +16,9 @@ from clusterweights.resampling import Bootstrap, WildClusterTest, bootstrap, wil
 from clusterweights.study import Study
 from clusterweights.weights import Feasibility, Weights, feasibility, unadjusted_weights
 
-__all__ = ["Balance", "Bootstrap", "ClusterWeightsError", "ClusterWeightsWarning", "Comparison", "CosAdvice", "Decomposition", "DroppedUnitsWarning",
-           "Estimate", "EstimationError", "Feasibility", "FewClustersWarning", "InfeasibleError", "InputError", "NotConvergedWarning", "OutcomeModel",
-           "OverlapWarning", "SolverError", "Study", "Weights", "WildClusterTest", "balance_of", "balancing_weights", "bootstrap", "compare",
-           "cos_advice", "cos_features", "cos_weights", "decompose", "feasibility", "hierarchical_weights", "ipw_weights", "plot_arm_means",
-           "plot_clusters", "plot_overlap", "propensity_scores", "unadjusted_weights", "wild_cluster_test", "worst_case"]
+__all__ = ["Agreement", "Balance", "Bootstrap", "ClusterWeightsError", "ClusterWeightsWarning", "Comparison", "CosAdvice", "Decomposition",
+           "DroppedUnitsWarning", "Estimate", "EstimationError", "Feasibility", "FewClustersWarning", "InfeasibleError", "InputError",
+           "NotConvergedWarning", "OutcomeModel", "OverlapWarning", "SolverError", "Study", "Weights", "WildClusterTest", "agreement", "balance_of",
+           "balancing_weights", "bootstrap", "compare", "cos_advice", "cos_features", "cos_weights", "decompose", "feasibility",
+           "hierarchical_weights", "ipw_weights", "plot_arm_means", "plot_clusters", "plot_overlap", "propensity_scores", "unadjusted_weights",
+           "wild_cluster_test", "worst_case"]

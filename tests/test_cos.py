@@ -238,7 +238,7 @@ def test_what_cannot_be_done_is_refused():
     with pytest.raises(InputError, match=r"varies within 1 of 30 clusters \(0\).*hierarchical_weights"):
         cos_weights(study(broken))
     survey = Study.survey(frame.assign(score=frame["score"].where(frame["age"] > 0)), outcome="score", cluster="school", covs=["age", "size"])
-    with pytest.raises(InputError, match="survey has one arm"):
+    with pytest.raises(InputError, match="for a survey use"):
         cos_weights(survey)
     with pytest.raises(EstimationError, match="only 1 control cluster"):
         cos_weights(s.restrict(s.treat | (s.cluster == np.flatnonzero(s.n_treated == 0)[0])), icc=0.1, lam=1.0)
