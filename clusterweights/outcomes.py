@@ -20,14 +20,14 @@ from .study import cluster_sums
 __all__ = ['OutcomeModel', 'outcome_features', 'Prediction', 'predict_outcome', 'folds', 'corrected_mean']
 
 # %% ../nbs/07b_outcomes.ipynb #24c101cb
-_KNOWS = ("none", "covariates", "covariates and clusters", "covariates and cluster means", "covariates, cluster means and clusters")
+_KNOWS = ("none", "cluster covariates", "covariates", "covariates and clusters", "covariates and cluster means", "covariates, cluster means and clusters")
 
 
 @dataclass(frozen=True)
 class OutcomeModel:
     """What an outcome model may know, and how it is fitted.
 
-    knows : "none", "covariates", "covariates and clusters", "covariates and cluster means", "covariates, cluster means and clusters"; default (None): what the method conditions on.
+    knows : "none", "cluster covariates", "covariates", "covariates and clusters", "covariates and cluster means", "covariates, cluster means and clusters"; default (None): what the method conditions on.
     learner : "ols"; "ridge", with the penalty that predicts left-out units best; or any object with `fit(x, y)` and `predict(x)`, such as a regressor of scikit-learn, which is
     cross-fitted. folds, seed : of the cross-fitting. Raises `InputError` for others."""
     knows: str | None = None
@@ -47,9 +47,13 @@ class OutcomeModel:
 
 # %% ../nbs/07b_outcomes.ipynb #4826b758
 def outcome_features(x: np.ndarray, treat: np.ndarray, base: np.ndarray, starts: np.ndarray, knows: str) -> np.ndarray:
-    """(n, d') columns of an outcome model: the covariates, and for "cluster means" their means in the cluster and its share of treated.
+    """(n, d') columns of an outcome model: the covariates (of "cluster covariates" those that do not vary within clusters), and for "cluster means" their means in the
+    cluster and its share of treated.
 
     x : (n, d). treat : (n,) bool. base : (n,) sampling weights. starts : (K + 1,)."""
+    if knows == "cluster covariates":
+        spread = (np.maximum.reduceat(x, starts[:-1]) - np.minimum.reduceat(x, starts[:-1])).max(axis=0)
+        return x[:, spread <= 1e-12 * np.abs(x).max(axis=0, initial=0.0)]
     if "cluster means" not in knows:
         return x
     columns = np.column_stack([x, treat])

@@ -19,7 +19,7 @@ from .study import Study
 
 # %% auto #0
 __all__ = ['framework_data', 'sample_att', 'simulated_study', 'MonteCarlo', 'ReplicateError', 'monte_carlo', 'education_data',
-           'surgery_data', 'make_clustered_data']
+           'surgery_data', 'summer_school_data', 'make_clustered_data']
 
 # %% ../nbs/03_simulate.ipynb #19dbc13e
 def _treatment_logit(x: np.ndarray) -> np.ndarray:
@@ -339,6 +339,44 @@ def _choices(rng: np.random.Generator, n: int, shares: dict[str, float]) -> dict
     edges = np.cumsum([0, *shares.values()])
     draw = rng.random(n)
     return {name: (draw >= low) & (draw < high) for name, low, high in zip(shares, edges, edges[1:])}
+
+# %% ../nbs/03_simulate.ipynb #a2d68b06
+_SCORE_SD = 31.0        # of the outcome without treatment, in points
+
+
+def summer_school_data(seed: int | np.random.Generator, *, n_schools: int = 44, overlap: float = 1.0, tau: float = 0.3) -> pd.DataFrame:
+    """Students of schools that take part in a programme as a whole, or do not; the outcome is a score in standard deviations.
+
+    seed : int or Generator. n_schools : at least 8, of about 78 students each. overlap : c > 0, 1 for poor and 10 for excellent overlap. tau : the effect, the
+    same for all.
+
+    Returns one row per student, sorted by school. A method may see `cluster, treat, outcome`, five covariates of students (reading, math, black, hispanic,
+    female) and nine of schools (free_lunch, ell, novice, attendance, turnover, reading_proficient, math_proficient, minority, enrolment). Only the judge may see
+    `y0, y1` and `propensity`. There are at least two schools in each arm. Source: Ben-Michael, Page & Keele (2024), section 5; the covariates are made up."""
+    _require(n_schools >= 8, f"n_schools={n_schools!r} must be at least 8.")
+    _require(overlap > 0, f"overlap={overlap!r} must be positive: 1 is poor, 10 excellent.")
+    rng = np.random.default_rng(seed)
+    need, staff, other = rng.normal(size=(3, n_schools))
+    def noise(): return rng.normal(size=n_schools)
+    level = -0.75 * need + 0.35 * staff + 0.55 * other
+    school = {"free_lunch": 100 * _expit(0.3 + 0.8 * need + 0.3 * noise()), "ell": 100 * _expit(-2 + 0.6 * need + 0.5 * noise()),
+              "novice": 100 * _expit(-1.8 - 0.4 * staff + 0.3 * need + 0.4 * noise()), "attendance": 95 - 0.8 * need + 0.5 * staff + 0.7 * noise(),
+              "turnover": 100 * _expit(-1.5 - 0.5 * staff + 0.3 * noise()), "reading_proficient": 70 + 3 * level + 1.5 * noise(),
+              "math_proficient": 66 + 3 * level + 1.5 * noise(), "minority": 100 * _expit(0.8 * need + 0.6 * noise()), "enrolment": 420 + 90 * noise()}
+    e = _expit(-0.4 + 0.06 * (school["free_lunch"] - 57) + 0.03 * (school["ell"] - 13) + 0.04 * (school["novice"] - 15) - 0.5 * (school["attendance"] - 95))
+    propensity, treat = np.clip(0.25 + e / overlap, 0, 1), np.zeros(n_schools)
+    while not 2 <= treat.sum() <= n_schools - 2:
+        treat = (rng.random(n_schools) < propensity).astype(int)
+    cluster = np.repeat(np.arange(n_schools), 10 + rng.poisson(68, n_schools))
+    gift, *own = rng.normal(size=(3, len(cluster)))
+    reading, math = (2.2 * level[cluster] + 5 * (np.sqrt(0.7) * gift + np.sqrt(0.3) * part) for part in own)
+    black, hispanic = (rng.random((2, len(cluster))) < 0.006 * school["minority"][cluster]).astype(int)
+    proficient = (school["reading_proficient"] + school["math_proficient"])[cluster] / 2 - 68
+    y0 = (2.5 * reading + 2.5 * math + 1.9 * proficient + 12 * rng.normal(size=len(cluster))) / _SCORE_SD
+    z = treat[cluster]
+    return pd.DataFrame({"cluster": cluster, "treat": z, "outcome": y0 + tau * z, "reading": 200 + reading, "math": 200 + math, "black": black,
+                         "hispanic": hispanic, "female": (rng.random(len(cluster)) < 0.5).astype(int)}
+                        | {name: values[cluster] for name, values in school.items()} | {"y0": y0, "y1": y0 + tau, "propensity": propensity[cluster]})
 
 # %% ../nbs/03_simulate.ipynb #e7cc1299
 def make_clustered_data(seed: int | np.random.Generator, n_clusters: int = 10, cluster_size: int = 100, *, tau: float = 0.25,

@@ -207,7 +207,7 @@ class Method:
 
     outcome_model : what the standard error's outcome model may know, see `OutcomeModel`; or a function of the options used.
     estimands : those it can estimate in a study of treated and untreated; "mean" and "total" in a survey. source : the reference to cite.
-    whole_clusters, surveys : whether it can be used where whole clusters were treated, and in surveys."""
+    whole_clusters, units, surveys : whether it can be used where whole clusters were treated, where treatment varies within them, and in surveys."""
     name: str
     label: str | Callable[[Mapping], str]
     function: Callable
@@ -215,6 +215,7 @@ class Method:
     estimands: tuple[str, ...]
     source: str = ""
     whole_clusters: bool = False
+    units: bool = True
     surveys: bool = True
 
     @functools.cached_property
@@ -236,10 +237,10 @@ FRAMEWORK_PAPER = "Ben-Michael, E., Feller, A. & Keele, L. (2026). A weighting f
 
 
 def method(name: str, label: str | Callable, *, outcome_model: str | Callable, estimands: tuple[str, ...] = ("ATT", "ATC", "ATE"), source: str = "",
-           whole_clusters: bool = False, surveys: bool = True) -> Callable:
+           whole_clusters: bool = False, units: bool = True, surveys: bool = True) -> Callable:
     """Register a function `<name>_weights(study, …, *, estimand=None, …) -> Weights` as a method of that name.
 
-    The function gets the estimand by its usual name. label : for tables. outcome_model, estimands, source, whole_clusters, surveys : as in `Method`."""
+    The function gets the estimand by its usual name. label : for tables. outcome_model, estimands, source, whole_clusters, units, surveys : as in `Method`."""
     def register(function):
         @functools.wraps(function)
         def run(study, *args, **options):
@@ -252,7 +253,7 @@ def method(name: str, label: str | Callable, *, outcome_model: str | Callable, e
             weights = function(study, *args, **options)
             _warn(weights)
             return weights
-        METHODS[name] = Method(name, label, run, outcome_model, estimands, source, whole_clusters, surveys)
+        METHODS[name] = Method(name, label, run, outcome_model, estimands, source, whole_clusters, units, surveys)
         return run
     return register
 
@@ -266,7 +267,7 @@ def canonical_estimand(estimand: str | None, method: Method, study: Study) -> st
         return str(estimand).lower()
     name = str(estimand) if str(estimand) in possible else _ALIASES.get(str(estimand).upper(), str(estimand).upper())
     if name not in possible:
-        others = [m.called({}) for m in METHODS.values() if name in m.estimands and study.level != "survey"]
+        others = [m.called({}) for m in METHODS.values() if name in m.estimands and study.level != "survey" and (m.whole_clusters if study.level == "cluster" else m.units)]
         raise InputError(f"{method.called({})} cannot estimate estimand={estimand!r} in this study; it offers {listed(possible)}."
                          + (f" {listed(others)} can." if others else ""))
     return name
@@ -289,6 +290,11 @@ def _check_call(method: Method, study, options: Mapping) -> None:
         others = [m.function.__name__ for m in METHODS.values() if m.whole_clusters]
         raise InputError(f"{study.columns['treat']!r} never varies within {study.columns['cluster']!r}: whole clusters were treated. {name} compares "
                          f"treated and untreated within clusters, so it cannot be used; {listed(others)} can.")
+    if study.level == "unit" and not method.units:
+        both = (study.n_treated > 0) & (study.n_controls > 0)
+        raise InputError(f"{name} is for whole clusters that are treated or not. {study.columns['treat']!r} varies within {both.sum():,} of {study.n_clusters:,} clusters "
+                         f"({listed(study.labels[both])}). If these are slips in the data, mend them first. "
+                         f"{listed(m.function.__name__ for m in METHODS.values() if m.units and not m.whole_clusters)} compare within clusters.")
 
 # %% ../nbs/08_weights.ipynb #5da0a381
 @dataclass(frozen=True)
