@@ -35,7 +35,7 @@ def solve_balancing(x: np.ndarray, target_mean: np.ndarray, target_total: float,
     return solve_within(problem, tolerance, solver)
 
 # %% ../nbs/10_balancing.ipynb #d6bc3be5
-@method("balancing", "Balancing, no clusters", outcome_model="covariates", estimands=("ATT", "ATC", "ATE", "ATO"), whole_clusters=True,
+@method("balancing", "Balancing, no clusters", outcome_model="covariates", estimands=("ATT", "ATC", "ATE", "ATO"), levels=("unit", "cluster", "survey"),
         source="Zubizarreta, J. R. (2015). Stable weights that balance covariates for estimation with incomplete outcome data. Journal of the "
                "American Statistical Association 110, 910–922.")
 def balancing_weights(study: Study, *, estimand: str | None = None, target=None, tolerance: float | str = 0.0,

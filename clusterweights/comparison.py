@@ -26,6 +26,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 import clusterweights.balancing  # noqa: F401  (importing a method's module registers it)
+import clusterweights.cos  # noqa: F401
 import clusterweights.hierarchical  # noqa: F401
 import clusterweights.ipw  # noqa: F401
 import clusterweights.mundlak  # noqa: F401
@@ -101,15 +102,13 @@ def _row(weights: Weights, balance: Balance, level: float, vcov: str) -> dict:
             "units": weights.target.units, "clusters": weights.target.clusters or np.nan, "status": weights.status}
 
 
-_DEFAULT = ("unadjusted", "balancing", "ipw", "hierarchical", ("mundlak", {"variant": "gb"}), ("mundlak", {"variant": "avto"}))
+_DEFAULT = ("unadjusted", "balancing", "ipw", "hierarchical", ("mundlak", {"variant": "gb"}), ("mundlak", {"variant": "avto"}), "cos")
 
 
 def _suits(study: Study, name: str, estimand) -> bool:
     "Whether a method can be used in this study, for this estimand."
     method = METHODS[name]
-    if study.level == "survey":
-        return method.surveys
-    return (method.whole_clusters or study.level == "unit") and (estimand is None or str(estimand).upper() not in {e for m in METHODS.values() for e in m.estimands} - set(method.estimands))
+    return study.level in method.levels and (study.level == "survey" or estimand is None or str(estimand).upper() not in {e for m in METHODS.values() for e in m.estimands} - set(method.estimands))
 
 
 def _entries(study, methods, options: Mapping) -> dict[str, tuple[str, dict]]:
@@ -178,8 +177,8 @@ def _again_where(study: Study, weights: Mapping[str, Weights]) -> tuple[Study | 
 def compare(study: Study, methods: Sequence | None = None, *, level: float = 0.95, vcov: str = "auto", same_clusters: bool | None = None, **options) -> Comparison:
     """Run several methods on one study and put their results side by side.
 
-    methods : names of registered methods, in the order of the table, or names with options of their own, ("ipw", {"model": "none"}); default: those of unadjusted, balancing, ipw (random intercept), hierarchical and both
-    variants of mundlak that can be used in this study. level : of the intervals. vcov : the standard error, as in `Weights.estimate`.
+    methods : names of registered methods, in the order of the table, or names with options of their own, ("ipw", {"model": "none"}); default: those of unadjusted, balancing, ipw (random intercept), hierarchical, both
+    variants of mundlak and cos that can be used in this study. level : of the intervals. vcov : the standard error, as in `Weights.estimate`.
     same_clusters : methods within clusters leave out clusters that lack an arm, others do not. None (default): those that keep more units are run again on the units that all keep, in rows of their own, which tells a change of method
     from a change of population; False: not again; True: on these units only. options : passed to each method that
     has an option of that name: estimand ("ATT", "ATC", "ATE", "ATO"), lam, tolerance, bounds, max_share, cluster_weight, target, solver; what they
@@ -325,7 +324,7 @@ def _imbalances(c: Comparison) -> list[str]:
     local = c.table.loc[list(c.weights), "l2_local"]
     if local.isna().any():
         out.append("Local imbalance is not defined: " + ("population totals have no clusters." if c.study.totals is not None else
-                                                         "no cluster has two units in each arm."))
+                                                         "whole clusters were treated." if c.study.level == "cluster" else "no cluster has two units in each arm."))
     elif len(local) and c.table.loc[list(c.weights), "local_reduction"].max() < _LITTLE:
         best = local.idxmin()
         out.append(f"Within clusters large differences remain, whatever the method ({local[best]:.3f} standard deviations with {c.table.loc[best, 'label']}"

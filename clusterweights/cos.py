@@ -201,7 +201,7 @@ def _knows(params: Mapping) -> str:
 def _label(params: Mapping) -> str: return "COS, cluster covariates" if params.get("design") == "cluster" else "COS"
 
 
-@method("cos", _label, outcome_model=_knows, estimands=("ATT", "ATC", "ATO"), whole_clusters=True, units=False, surveys=False,
+@method("cos", _label, outcome_model=_knows, estimands=("ATT", "ATC", "ATO"), levels=("cluster",),
         source="Ben-Michael, E., Page, L. & Keele, L. (2024). Approximate balancing weights for clustered observational study designs. Statistics in Medicine 43, 2332–2358.")
 def cos_weights(study: Study, design: str = "unit", *, estimand: str | None = None, icc: float | str = "auto", lam: float | str = "auto", cluster_means: bool = False,
                 interactions: bool | Sequence[tuple[str, str]] = False, bounds: tuple[float, float] = (0, np.inf), cluster_bounds: tuple[float, float] | None = None,

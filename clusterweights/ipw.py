@@ -281,7 +281,7 @@ def _knows(params: Mapping) -> str:
     return "covariates and clusters" if isinstance(model, str) and model != "none" else "covariates"
 
 
-@method("ipw", _label, outcome_model=_knows, estimands=("ATT", "ATC", "ATE", "ATO"), surveys=False, source=f"{FRAMEWORK_PAPER}, section 4.1.")
+@method("ipw", _label, outcome_model=_knows, estimands=("ATT", "ATC", "ATE", "ATO"), levels=("unit",), source=f"{FRAMEWORK_PAPER}, section 4.1.")
 def ipw_weights(study: Study, model="random intercept", *, estimand: str | None = None, normalize: str | None = "overall", trim: float | None = None, truncate: float | None = None,
                 penalty: float = 0.0, slopes=None, nodes: int | None = None) -> Weights:
     """Units weighted by the inverse of their propensity score.

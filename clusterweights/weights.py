@@ -207,16 +207,14 @@ class Method:
 
     outcome_model : what the standard error's outcome model may know, see `OutcomeModel`; or a function of the options used.
     estimands : those it can estimate in a study of treated and untreated; "mean" and "total" in a survey. source : the reference to cite.
-    whole_clusters, units, surveys : whether it can be used where whole clusters were treated, where treatment varies within them, and in surveys."""
+    levels : the studies it is for: "unit" (treatment varies within clusters), "cluster" (whole clusters were treated), "survey"."""
     name: str
     label: str | Callable[[Mapping], str]
     function: Callable
     outcome_model: str | Callable[[Mapping], str]
     estimands: tuple[str, ...]
     source: str = ""
-    whole_clusters: bool = False
-    units: bool = True
-    surveys: bool = True
+    levels: tuple[str, ...] = ("unit", "survey")
 
     @functools.cached_property
     def options(self) -> tuple[str, ...]:
@@ -237,10 +235,10 @@ FRAMEWORK_PAPER = "Ben-Michael, E., Feller, A. & Keele, L. (2026). A weighting f
 
 
 def method(name: str, label: str | Callable, *, outcome_model: str | Callable, estimands: tuple[str, ...] = ("ATT", "ATC", "ATE"), source: str = "",
-           whole_clusters: bool = False, units: bool = True, surveys: bool = True) -> Callable:
+           levels: tuple[str, ...] = ("unit", "survey")) -> Callable:
     """Register a function `<name>_weights(study, …, *, estimand=None, …) -> Weights` as a method of that name.
 
-    The function gets the estimand by its usual name. label : for tables. outcome_model, estimands, source, whole_clusters, units, surveys : as in `Method`."""
+    The function gets the estimand by its usual name. label : for tables. outcome_model, estimands, source, levels : as in `Method`."""
     def register(function):
         @functools.wraps(function)
         def run(study, *args, **options):
@@ -253,7 +251,7 @@ def method(name: str, label: str | Callable, *, outcome_model: str | Callable, e
             weights = function(study, *args, **options)
             _warn(weights)
             return weights
-        METHODS[name] = Method(name, label, run, outcome_model, estimands, source, whole_clusters, units, surveys)
+        METHODS[name] = Method(name, label, run, outcome_model, estimands, source, levels)
         return run
     return register
 
@@ -267,7 +265,7 @@ def canonical_estimand(estimand: str | None, method: Method, study: Study) -> st
         return str(estimand).lower()
     name = str(estimand) if str(estimand) in possible else _ALIASES.get(str(estimand).upper(), str(estimand).upper())
     if name not in possible:
-        others = [m.called({}) for m in METHODS.values() if name in m.estimands and study.level != "survey" and (m.whole_clusters if study.level == "cluster" else m.units)]
+        others = [m.called({}) for m in METHODS.values() if name in m.estimands and study.level in m.levels and study.level != "survey"]
         raise InputError(f"{method.called({})} cannot estimate estimand={estimand!r} in this study; it offers {listed(possible)}."
                          + (f" {listed(others)} can." if others else ""))
     return name
@@ -284,17 +282,17 @@ def _check_call(method: Method, study, options: Mapping) -> None:
     if isinstance(options.get("bounds"), (tuple, list)) and options["bounds"] and isinstance(options["bounds"][0], Real) and options["bounds"][0] < 0:
         raise InputError(f"bounds={options['bounds']!r}: weights below 0 extrapolate, and no balance table or sample size can be read then. The array "
                          "functions allow them.")
-    if study.level == "survey" and not method.surveys:
-        raise InputError(f"{name} is for a Study of treated and untreated units; for a survey use {listed([m.function.__name__ for m in METHODS.values() if m.surveys])}.")
-    if study.level == "cluster" and not method.whole_clusters:
-        others = [m.function.__name__ for m in METHODS.values() if m.whole_clusters]
+    others = [m.function.__name__ for m in METHODS.values() if study.level in m.levels]
+    if study.level == "survey" and "survey" not in method.levels:
+        raise InputError(f"{name} is for a Study of treated and untreated units; for a survey use {listed(others)}.")
+    if study.level == "cluster" and "cluster" not in method.levels:
         raise InputError(f"{study.columns['treat']!r} never varies within {study.columns['cluster']!r}: whole clusters were treated. {name} compares "
                          f"treated and untreated within clusters, so it cannot be used; {listed(others)} can.")
-    if study.level == "unit" and not method.units:
+    if study.level == "unit" and "unit" not in method.levels:
         both = (study.n_treated > 0) & (study.n_controls > 0)
         raise InputError(f"{name} is for whole clusters that are treated or not. {study.columns['treat']!r} varies within {both.sum():,} of {study.n_clusters:,} clusters "
                          f"({listed(study.labels[both])}). If these are slips in the data, mend them first. "
-                         f"{listed(m.function.__name__ for m in METHODS.values() if m.units and not m.whole_clusters)} compare within clusters.")
+                         f"{listed(m.function.__name__ for m in METHODS.values() if m.levels[0] == 'unit' and 'cluster' not in m.levels)} compare within clusters.")
 
 # %% ../nbs/08_weights.ipynb #5da0a381
 @dataclass(frozen=True)
@@ -809,7 +807,7 @@ def _repr_html_(self: Weights) -> str:
     return self.summary()._repr_html_()
 
 # %% ../nbs/08_weights.ipynb #a8c777e0
-@method("unadjusted", "Unadjusted", outcome_model="none", whole_clusters=True, source="The difference of means, in a survey the mean, without adjustment.")
+@method("unadjusted", "Unadjusted", outcome_model="none", levels=("unit", "cluster", "survey"), source="The difference of means, in a survey the mean, without adjustment.")
 def unadjusted_weights(study: Study, *, estimand: str | None = None, cluster_weight: str = "units") -> Weights:
     """No adjustment: each unit keeps its sampling weight, scaled to the target's total. The plain difference of means (survey: the mean).
 
@@ -966,7 +964,7 @@ def path(self: Weights, lams: Sequence[float] | None = None) -> LamPath:
         raise InputError(f"{self.label} has no lam.")
     def row(weights, lam):
         found = {"lam": lam, "ess": min(weights.ess[arm] for arm in weights.weighted_arms), "l2_local": weights.balance().l2.loc["local", "after"]}
-        return found | ({} if self.study.outcome is None else {"estimate": _point(weights, self.study.outcome)})
+        return found | ({} if self.study.outcome is None else {"estimate": point_estimate(weights, self.study.outcome)})
     own = self.params["lam"]
     middle = float(np.exp(np.mean(np.log(list(own.values()))))) if isinstance(own, Mapping) else own
     grid = np.logspace(-2, 2, 9) if lams is None else np.asarray(lams, dtype=float) / middle

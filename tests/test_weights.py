@@ -414,7 +414,7 @@ def test_lam_cannot_be_found_without_unexplained_outcome():
 
 @pytest.mark.parametrize("lam", [0, -1, np.inf, np.nan, True, "some", None, [1.0]])
 def test_lam_is_a_positive_number(lam):
-    with pytest.raises(InputError, match="positive number or 'auto'"):
+    with pytest.raises(InputError, match="positive number, 'auto' or 'balance'"):
         resolve_lam(study(), "ATT", lam, within=True)
 
 
@@ -459,7 +459,7 @@ def test_every_method_refuses_what_is_no_study_and_what_is_no_option(name):
     with pytest.raises(InputError, match="has no option 'estimant'. Did you mean 'estimand'"):
         FUNCTIONS[name](study(), estimant="ATT")
     whole = study(FRAME.assign(late=FRAME["school"] % 2))
-    if METHODS[name].whole_clusters:
+    if "cluster" in METHODS[name].levels:
         with pytest.warns(FewClustersWarning, match="degrees of freedom"):
             assert FUNCTIONS[name](whole).estimate().vcov == "CR2, counts clusters"
     else:
