@@ -244,7 +244,7 @@ def plot(self: Comparison, ax=None):
     moved = (t["corrected"] - t["estimate"]).abs() > 0.01 * t["std_error"]
     if moved.any():
         interval_plot(list(t["label"]), t["corrected"].where(moved), ax=ax, filled=False, marker="D", shift=0.25, label="corrected for remaining imbalance", reference=None)
-        ax.legend(fontsize="small")
+        ax.legend(fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
     what = f"{self.estimand} of" if self.study.level == "survey" else f"effect of {self.study.contrast} on"
     ax.set_xlabel(f"{what} {self.study.columns['outcome'][0]} ({100 * self.level:g}% interval)", parse_math=False)
     return ax

@@ -144,6 +144,7 @@ class Propensity:
             counts = np.histogram(self.scores[known & arm], bins)[0]
             first.bar(bins[:-1], sign * counts, width=0.025, align="edge", color=colour, edgecolor="black", linewidth=0.4, label=name)
         first.axhline(0, color="black", linewidth=1)
+        first.yaxis.set_major_formatter(lambda count, _: f"{abs(count):,.0f}")
         first.set(xlabel="propensity score", ylabel="units (treated above, controls below)")
         first.legend(fontsize="small")
         starts = self.study.starts
