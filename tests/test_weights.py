@@ -414,7 +414,7 @@ def test_lam_cannot_be_found_without_unexplained_outcome():
 
 @pytest.mark.parametrize("lam", [0, -1, np.inf, np.nan, True, "some", None, [1.0]])
 def test_lam_is_a_positive_number(lam):
-    with pytest.raises(InputError, match="positive number or 'auto'"):
+    with pytest.raises(InputError, match="positive number, 'auto' or 'balance'"):
         resolve_lam(study(), "ATT", lam, within=True)
 
 
