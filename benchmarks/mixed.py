@@ -110,13 +110,14 @@ def one(task, method, repeats):
     source, _, methods = TASKS[task]
     x, z, y, starts = DATA[source][0]()
     fit_logistic_mixed(x[:, :1], z, starts, nodes=1)              # nothing is imported or looked up for the first time while the clock runs
-    seconds = []
+    seconds, busy = [], []
     for _ in range(repeats):
-        begin = time.perf_counter()
+        begin, used = time.perf_counter(), time.process_time()
         found = methods[method](x, z, y, starts)
         seconds.append(time.perf_counter() - begin)
+        busy.append(time.process_time() - used)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 1024**2)
-    out = {"seconds": float(np.median(seconds)), "peak": peak}
+    out = {"seconds": float(np.median(seconds)), "busy": float(np.median(busy)), "peak": peak}
     if methods is not TASKS["linear"][2] and "ten random" not in TASKS[task][1]:
         value, gradient = _RandomIntercept(np.column_stack([np.ones(len(x)), x]), z, starts).value(np.r_[found["coef"], found["sd"]], 1)
         out |= {"loglik": float(value), "laplace_gradient": float(np.abs(gradient).max())}
@@ -145,20 +146,24 @@ def table(task, results):
         gradient = r.get("gradient", r.get("laplace_gradient"))
         below = reference["loglik"] - r["loglik"] if "loglik" in r and "loglik" in reference else None
         goal = GOALS.get((task, method))
-        rows.append([method, r.get("failed") or show(r["seconds"]), show(ratio), show(r.get("peak")), show(r.get("steps")), show(r.get("sd")),
-                     power(gradient), show(below), "" if goal is None else f"{goal:g} s: {'met' if r.get('seconds', np.inf) <= goal else 'MISSED'}"])
-    return markdown(["", "seconds", "times the first", "MB at most", "steps", "sd", "gradient", "log-likelihood below", "target"], rows)
+        verdict = "" if goal is None else f"{goal:g} s: {'met' if r.get('seconds', np.inf) <= goal else 'MISSED'}"
+        numbers = [show(ratio), *(show(r.get(key)) for key in ("busy", "peak", "steps", "sd")), power(gradient), show(below)]
+        rows.append([method, r.get("failed") or show(r["seconds"]), *numbers, verdict])
+    head = ["", "seconds", "times the first", "CPU seconds", "MB at most", "steps", "sd", "gradient", "log-likelihood below", "target"]
+    return markdown(head, rows)
 
 
 def against_gpboost(results):
-    "One line for each task that both did."
+    "One line for each task that both did; the targets are for the two shapes of the papers."
     lines = []
     for task, found in results.items():
         mine, other = found.get("Laplace", {}), found.get("gpboost, Laplace", {})
         if "seconds" in mine and "seconds" in other:
             speed, exact = other["seconds"] / mine["seconds"], other["laplace_gradient"] / mine["laplace_gradient"]
-            lines.append(f"- {task}: {speed:.1f} times faster than gpboost, Laplace against Laplace (target 4: {'met' if speed >= 4 else 'MISSED'}), "
-                         f"at a gradient {exact:,.0f} times smaller (target 1,000: {'met' if exact >= 1000 else 'MISSED'})")
+            verdicts = [f" (target {goal:,}: {'met' if ratio >= goal else 'MISSED'})" if task != "large" else ""
+                        for goal, ratio in ((4, speed), (1000, exact))]
+            lines.append(f"- {task}: {speed:.1f} times faster than gpboost, {other['busy'] / mine['busy']:.1f} times in CPU seconds, Laplace "
+                         f"against Laplace{verdicts[0]}, at a gradient {exact:.0e} times smaller{verdicts[1]}")
     return "\n".join(lines)
 
 
@@ -187,8 +192,8 @@ def main(arguments):
     text = "\n\n".join([
         "# Mixed models: time and accuracy",
         f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {libraries}; one thread each. "
-        f"Average load before {before}, after {load()}: on a busy machine seconds are too many, and ratios are what to read. Own figures are "
-        f"medians of {arguments.repeats} fits, others one fit.",
+        f"Average load before {before}, after {load()}: on a busy machine seconds are too many; CPU seconds are not. Own figures are "
+        f"medians of {arguments.repeats} fits, others one fit at their defaults.",
         "Gradient: the largest slope of the log-likelihood at the estimate, per standard deviation of a covariate; own ones as certified, those "
         "of others by the exact gradient of Laplace's approximation at what they returned. Log-likelihood below: by Laplace, how far below the "
         "first row. Quadrature and the variational estimate of statsmodels maximise something else, so neither can reach it.",

@@ -3,7 +3,7 @@
 __version__ = "0.1.0"
 
 from clusterweights.balancing import balancing_weights
-from clusterweights.comparison import Comparison, compare
+from clusterweights.comparison import Agreement, Comparison, agreement, compare
 from clusterweights.core import (ClusterWeightsError, ClusterWeightsWarning, DroppedUnitsWarning, EstimationError,
                                  FewClustersWarning, InfeasibleError, InputError, NotConvergedWarning, OverlapWarning, SolverError)
 from clusterweights.framework import Balance, Decomposition, balance_of, decompose, plot_overlap, worst_case
@@ -16,9 +16,9 @@ from clusterweights.resampling import Bootstrap, WildClusterTest, bootstrap, wil
 from clusterweights.study import Study
 from clusterweights.weights import Feasibility, Weights, feasibility, unadjusted_weights
 
-__all__ = ["Balance", "Bootstrap", "ClusterStatistics", "ClusterWeightsError", "ClusterWeightsWarning", "Comparison", "Decomposition", "DroppedUnitsWarning", "Estimate",
-           "EstimationError", "Feasibility", "FewClustersWarning", "InfeasibleError", "InputError", "NotConvergedWarning", "OutcomeModel",
-           "OverlapWarning", "SolverError", "Study", "Weights", "WildClusterTest", "balance_of", "balancing_weights", "bootstrap",
-           "cluster_statistics", "compare", "decompose", "decompose_by_statistics", "feasibility", "hierarchical_weights", "ipw_weights", "mundlak_scores", "mundlak_weights",
-           "plot_overlap", "propensity_scores",
-           "unadjusted_weights", "wild_cluster_test", "worst_case"]
+__all__ = ["Agreement", "Balance", "Bootstrap", "ClusterStatistics", "ClusterWeightsError", "ClusterWeightsWarning", "Comparison", "Decomposition",
+           "DroppedUnitsWarning", "Estimate", "EstimationError", "Feasibility", "FewClustersWarning", "InfeasibleError", "InputError",
+           "NotConvergedWarning", "OutcomeModel", "OverlapWarning", "SolverError", "Study", "Weights", "WildClusterTest", "agreement", "balance_of",
+           "balancing_weights", "bootstrap", "cluster_statistics", "compare", "decompose", "decompose_by_statistics", "feasibility",
+           "hierarchical_weights", "ipw_weights", "mundlak_scores", "mundlak_weights", "plot_overlap", "propensity_scores", "unadjusted_weights",
+           "wild_cluster_test", "worst_case"]

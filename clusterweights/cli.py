@@ -111,7 +111,7 @@ def _show(comparison: Comparison, out: str | None, weights: str | None = None) -
     if out is not None:
         written.append(f"Report written to {comparison.report(out)}")
     for name, error in comparison.errors.items():
-        print(f"{METHODS[name].label} gave no estimate: {_for_a_terminal(error)}", file=sys.stderr)
+        print(f"{comparison.table.loc[name, 'label']} gave no estimate: {_for_a_terminal(error)}", file=sys.stderr)
     print(comparison.study.describe().facts, comparison, *written, sep="\n\n")
     return 0 if comparison.weights else 1
 
@@ -125,7 +125,7 @@ def _check_files(report: str | None, table: str | None) -> None:
 
 
 def demo(chosen: argparse.Namespace) -> int:
-    "The late-entry example: the study, the comparison of three methods, and its reading."
+    "The late-entry example: the study, the comparison of methods, and its reading."
     _check_files(chosen.out, chosen.data)
     if chosen.out is not None and chosen.data is not None and Path(chosen.out).resolve() == Path(chosen.data).resolve():
         chosen.parser.error("--out and --data must be different files")
@@ -161,7 +161,7 @@ def _compare(chosen: argparse.Namespace) -> int:
     study = Study.from_formula(chosen.formula, data, **roles) if chosen.formula is not None else Study(
         data, treat=treat, cluster=chosen.cluster, covs=column_names(chosen.covs, data.columns), **roles)
     options = {name: getattr(chosen, name) for name in ("estimand", "lam", "tolerance") if getattr(chosen, name) is not None}
-    return _show(compare(study, chosen.methods, level=chosen.level, **options), chosen.out, chosen.weights)
+    return _show(compare(study, chosen.methods, level=chosen.level, vcov=chosen.vcov, **options), chosen.out, chosen.weights)
 
 # %% ../nbs/21_cli.ipynb #2c64798a
 _CODES = """\
@@ -235,13 +235,15 @@ def _add_options(command: argparse.ArgumentParser) -> None:
     text.add_argument("--encoding", metavar="NAME", default="utf-8", help="the encoding: latin-1 for example (default utf-8)")
     how = command.add_argument_group("how to compare")
     how.add_argument("--estimand", choices=["ATT", "ATC", "ATE", "ATO"], type=lambda name: {"ATET": "ATT", "ATTE": "ATT"}.get(name.upper(), name.upper()),
-                     help="the effect on the treated (ATT, default), the untreated, everybody, or the overlap of both (--methods balancing only)")
-    how.add_argument("--methods", type=_method_names, default=["unadjusted", "balancing", "hierarchical"], metavar="NAMES",
-                     help=f"separated by commas, from: {', '.join(METHODS)} (default: unadjusted,balancing,hierarchical)")
+                     help="the effect on the treated (ATT, default), the untreated, everybody, or the overlap of both")
+    how.add_argument("--methods", type=_method_names, metavar="NAMES",
+                     help=f"separated by commas, from: {', '.join(METHODS)} (default: those that suit the data)")
     how.add_argument("--lam", type=_number("a positive number or auto", lambda v: 0 < v < float("inf"), "auto"), metavar="NUMBER|auto",
                      help="the price of uneven weights: small for balance within clusters, large for even weights (default auto)")
     how.add_argument("--tolerance", type=_number("0, a positive number or auto", lambda v: 0 <= v < float("inf"), "auto"), metavar="NUMBER|auto",
                      help="standard deviations by which overall means may differ; auto: the smallest that is possible (default 0)")
+    how.add_argument("--vcov", choices=["auto", "residualised", "population", "CR0", "CR1", "CR2", "CR3"], default="auto",
+                     help="the standard error: for the units at hand, for their population, or counting clusters (default auto: by how treatment was assigned)")
     how.add_argument("--level", type=_number("between 0 and 1", lambda v: 0 < v < 1), default=0.95, metavar="NUMBER",
                      help="of the intervals (default 0.95)")
     files = command.add_argument_group("what to write")

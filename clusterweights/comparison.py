@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
+from functools import partial
 from importlib import metadata
 from io import StringIO
 from pathlib import Path
@@ -26,17 +27,26 @@ from fastcore.basics import patch
 
 import clusterweights.balancing  # noqa: F401  (importing a method's module registers it)
 import clusterweights.hierarchical  # noqa: F401
+import clusterweights.ipw  # noqa: F401
 from . import __version__
 from .core import (ClusterWeightsError, ClusterWeightsWarning, EstimationError, InfeasibleError, InputError, SolverError, Table, caller_depth, check_output,
                                  counted, decimals, interval_plot, listed, nearest, write_file)
 from .framework import Balance, love_plot
+from .resampling import Bootstrap, bootstrap
 from .study import Study
-from .weights import FRAMEWORK_PAPER, METHODS, TARGET_NOUNS, WEIGHTED_ARMS, Weights, canonical_estimand, model_residuals
+from .weights import FRAMEWORK_PAPER, METHODS, TARGET_NOUNS, WEIGHTED_ARMS, Weights, canonical_estimand, model_residuals, point_estimate
 
 # %% auto #0
-__all__ = ['REPORT_ENDINGS', 'Comparison', 'compare', 'difference']
+__all__ = ['REPORT_ENDINGS', 'Comparison', 'compare', 'difference', 'Agreement', 'agreement']
 
 # %% ../nbs/20_comparison.ipynb #140f66e9
+def _narrow(cells: pd.DataFrame, width: int = 14) -> pd.DataFrame:
+    "The table with its column names broken into lines, so that many columns stay side by side."
+    lines = [textwrap.wrap(str(name), width, break_long_words=False) for name in cells]
+    depth = max(map(len, lines))
+    return cells.set_axis(pd.MultiIndex.from_tuples([(*[""] * (depth - len(own)), *own) for own in lines]), axis=1) if depth > 1 else cells
+
+
 @dataclass(frozen=True, repr=False, eq=False)
 class Comparison:
     """Several methods on one study. table : one row per method. weights, balances : `Weights` and `Balance` by method. errors : what
@@ -46,7 +56,7 @@ class Comparison:
     missing where the method has no outcome model, or the target lies outside the study), vcov (how the standard error was computed), ess_treated, ess_controls, ess_respondents, l2_global, l2_local
     (after weighting), global_reduction, local_reduction (percent), units, clusters (target units kept, and their clusters), status.
     level : of the intervals. estimand : what is estimated.
-    ignored : options that change whom an estimate speaks of and that a method does not have. warnings : those that a method gave.
+    ignored : options that change whom an estimate speaks of and that a method does not have. warnings : those that a method gave. methods : the registered method of each row.
     change : for the units of the hierarchical estimate, the balancing estimate, how far comparing within clusters moves it, and the standard error of that; or None."""
     study: Study
     table: pd.DataFrame
@@ -58,10 +68,11 @@ class Comparison:
     ignored: Mapping[str, list[str]] = field(default_factory=dict)
     warnings: Mapping[str, list[str]] = field(default_factory=dict)
     change: tuple[float, float, float] | None = None
+    methods: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         table = self.summary()
-        upright = Table(table.cells().T, table.title, self._notes())                    # methods side by side fit a terminal
+        upright = Table(_narrow(table.cells().T), table.title, self._notes())           # methods side by side fit a terminal
         return f"{upright}\n\n{textwrap.fill(self.reading(), 110)}"
     __repr__ = __str__
 
@@ -87,20 +98,39 @@ def _row(weights: Weights, balance: Balance, level: float, vcov: str) -> dict:
             "units": weights.target.units, "clusters": weights.target.clusters or np.nan, "status": weights.status}
 
 
-def _check_methods(study, methods: Sequence[str], options: Mapping) -> None:
+_DEFAULT = ("unadjusted", "balancing", "ipw", "hierarchical")
+
+
+def _suits(study: Study, name: str, estimand) -> bool:
+    "Whether a method can be used in this study, for this estimand."
+    method = METHODS[name]
+    if study.level == "survey":
+        return method.surveys
+    return (method.whole_clusters or study.level == "unit") and (estimand is None or str(estimand).upper() not in {e for m in METHODS.values() for e in m.estimands} - set(method.estimands))
+
+
+def _entries(study, methods, options: Mapping) -> dict[str, tuple[str, dict]]:
+    "Key of the row → registered name and own options. Raises `InputError` for what is no method, or no option of any."
     if not isinstance(study, Study):
         raise InputError(f"compare takes a Study, not {type(study).__name__}: cw.Study(data, treat=…, cluster=…, covs=…, outcome=…).")
     if study.outcome is None:
         raise InputError("The study has no outcome: give outcome=… when making the Study.")
+    if methods is None:
+        methods = [name for name in _DEFAULT if _suits(study, name, options.get("estimand"))]
     if isinstance(methods, str) or not methods:
-        raise InputError("methods must be a list of names, for example ['unadjusted', 'hierarchical'].")
-    for name in methods:
+        raise InputError("methods must be a list of names, for example ['unadjusted', 'hierarchical'], or of names with options: ('ipw', {'model': 'none'}).")
+    asked = [entry if isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[1], Mapping) else (entry, {}) for entry in methods]
+    for name, own in asked:
         if name not in METHODS:
             raise InputError(f"Unknown method {name!r}." + nearest(name, METHODS))
+        if set(own) & set(options):
+            raise InputError(f"{listed(sorted(set(own) & set(options)))} is given for all methods and for {name!r} by itself.")
+    methods = [name for name, _ in asked]
     known = list(dict.fromkeys(option for name in methods for option in METHODS[name].options))
     for option in options:
         if option not in known:
             raise InputError(f"None of the methods {listed(methods)} has an option {option!r}." + nearest(option, known))
+    return {" ".join([name, *map(str, own.values())]): (name, dict(own) | {k: v for k, v in options.items() if k in METHODS[name].options}) for name, own in asked}
 
 
 def _give_again(caught: list, label: str) -> None:
@@ -113,35 +143,32 @@ def _give_again(caught: list, label: str) -> None:
 def compare(study: Study, methods: Sequence[str] | None = None, *, level: float = 0.95, vcov: str = "auto", **options) -> Comparison:
     """Run several methods on one study and put their results side by side.
 
-    methods : names of registered methods, in the order of the table; default: unadjusted, balancing and, if treatment varies within clusters, hierarchical. level : of the intervals.
-    vcov : the standard error, as in `Weights.estimate`. options : passed to each method that
+    methods : names of registered methods, in the order of the table, or names with options of their own, ("ipw", {"model": "none"}); default: those of unadjusted, balancing, ipw (random intercept) and hierarchical that
+    can be used in this study. level : of the intervals. vcov : the standard error, as in `Weights.estimate`. options : passed to each method that
     has an option of that name: estimand ("ATT", "ATC", "ATE", "ATO"), lam, tolerance, bounds, max_share, cluster_weight, target, solver; what they
     mean is said at `hierarchical_weights` and `balancing_weights`. A method that finds no weights stays in the table with its reason; any other
     error is raised. Warnings say which method they are about."""
-    if methods is None:
-        methods = [name for name in ("unadjusted", "balancing", "hierarchical") if getattr(study, "level", "") != "cluster" or METHODS[name].whole_clusters]
-    _check_methods(study, methods, options)
+    entries = _entries(study, methods, options)
     rows, weights, balances, errors, said = {}, {}, {}, {}, {}
-    estimand = canonical_estimand(options.get("estimand"), METHODS[methods[0]], study)
-    for name in dict.fromkeys(methods):
-        own = {k: v for k, v in options.items() if k in METHODS[name].options}
+    estimand = canonical_estimand(options.get("estimand"), METHODS[next(iter(entries.values()))[0]], study)
+    for name, (registered, own) in entries.items():
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", ClusterWeightsWarning)
             try:
-                found = METHODS[name].function(study, **own)
+                found = METHODS[registered].function(study, **own)
                 balance = found.balance()
                 rows[name] = _row(found, balance, level, vcov)
                 weights[name], balances[name] = found, balance
             except tuple(_FAILURES) as error:
                 errors[name] = error
                 rows[name] = {"status": _FAILURES[type(error)]}
-        rows[name]["label"] = METHODS[name].called(own)
+        rows[name]["label"] = METHODS[registered].called(own)
         said[name] = [str(w.message) for w in caught if isinstance(w.message, ClusterWeightsWarning)]
-        _give_again(caught, METHODS[name].called(own))
+        _give_again(caught, METHODS[registered].called(own))
     table = pd.DataFrame.from_dict(rows, orient="index", columns=_COLUMNS)
-    ignored = {name: [o for o in options if o not in METHODS[name].options and o in _TARGETING] for name in rows}
+    ignored = {name: [o for o in options if o not in METHODS[registered].options and o in _TARGETING] for name, (registered, _) in entries.items()}
     return Comparison(study, table, weights, balances, errors, level, estimand, *({k: v for k, v in d.items() if v} for d in (ignored, said)),
-                      _change(weights))
+                      _change(weights), {name: registered for name, (registered, _) in entries.items()})
 
 # %% ../nbs/20_comparison.ipynb #2a37881e
 @patch
@@ -183,7 +210,11 @@ def _notes(self: Comparison) -> list[str]:
 def plot(self: Comparison, ax=None):
     "Forest plot: each method's estimate and interval; returns the Axes."
     t = self.table
-    ax = interval_plot(list(t["label"]), t["estimate"], t["conf_low"], t["conf_high"], ax=ax, reference=None if self.study.level == "survey" else 0.0)
+    ax = interval_plot(list(t["label"]), t["estimate"], t["conf_low"], t["conf_high"], ax=ax, label="estimate", reference=None if self.study.level == "survey" else 0.0)
+    moved = (t["corrected"] - t["estimate"]).abs() > 0.01 * t["std_error"]
+    if moved.any():
+        interval_plot(list(t["label"]), t["corrected"].where(moved), ax=ax, filled=False, marker="D", shift=0.25, label="corrected for remaining imbalance", reference=None)
+        ax.legend(fontsize="small")
     what = f"{self.estimand} of" if self.study.level == "survey" else f"effect of {self.study.contrast} on"
     ax.set_xlabel(f"{what} {self.study.columns['outcome'][0]} ({100 * self.level:g}% interval)", parse_math=False)
     return ax
@@ -297,6 +328,94 @@ def reading(self: Comparison) -> str:
 @patch
 def _repr_html_(self: Comparison) -> str:
     return self.summary()._repr_html_() + f"<p>{html.escape(self.reading())}</p>"
+
+# %% ../nbs/20_comparison.ipynb #e9dc5b8e
+@dataclass(frozen=True, eq=False, repr=False)
+class Agreement:
+    """Two methods on the same units, and how far apart they are. labels : of the two. replicates : the `Bootstrap` of both estimates and of "difference" (second minus first). units, clusters : on which both were run.
+    term : the estimand."""
+    labels: tuple[str, str]
+    replicates: Bootstrap
+    units: int
+    clusters: int
+    term: str
+
+    @property
+    def difference(self) -> float:
+        "Second estimate minus first."
+        return float(self.replicates.observed["difference"])
+
+    @property
+    def std_error(self) -> float:
+        "Standard deviation of the difference over the replicates."
+        return float(self.replicates.std_error["difference"])
+
+    @property
+    def p_value(self) -> float:
+        "Two-sided p-value of no difference."
+        away = np.abs(self.replicates.draws["difference"] - self.difference) >= abs(self.difference)
+        return float((1 + away.sum()) / (1 + len(away)))
+
+    def conf_int(self, level: float = 0.95) -> tuple[float, float]:
+        "Basic bootstrap interval of the difference."
+        low, high = self.replicates.conf_int(level, "basic")
+        return float(low["difference"]), float(high["difference"])
+
+    def reading(self) -> str:
+        "What the test says, and what it does not."
+        p, places = self.p_value, decimals(self.std_error)
+        size = f"{self.labels[1]} minus {self.labels[0]}: {self.difference:+,.{places}f} (standard error {self.std_error:,.{places}f}, p = {p:.2g})."
+        if p < 0.05:
+            return (f"{size} More than chance would do: the two cannot both be right. Either one assumption fails (clusters differ in ways that the covariates and what is known of clusters do not show), or one of them "
+                    "has not balanced what matters; look at what each leaves unbalanced.")
+        return (f"{size} No more than chance would do. That is no proof of either assumption: both may be biased alike, and a small study cannot tell much.")
+
+    def summary(self) -> Table:
+        "Both estimates and their difference with bootstrap intervals."
+        table = self.replicates.summary(kind="basic")
+        return Table(table.frame, title=f"Agreement of two methods ({self.term}, {self.units:,} units in {self.clusters:,} clusters)", notes=[*table.notes, self.reading()], formats=table.formats)
+
+    def __str__(self) -> str: return str(self.summary())
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str: return self.summary()._repr_html_()
+
+    def plot(self, ax=None):
+        "Histogram of the difference over the replicates; returns the Axes."
+        ax = self.replicates.plot("difference", ax)
+        ax.axvline(0, color="grey", linestyle=":", linewidth=1)
+        ax.set_xlabel(f"{self.labels[1]} minus {self.labels[0]}")
+        return ax
+
+
+def _both(study: Study, recipes: tuple[Weights, Weights], outcome) -> dict[str, float]:
+    "Both estimates on another study, and their difference."
+    first, second = (point_estimate(recipe.refit(study), study.outcomes[outcome]) for recipe in recipes)
+    return {"first": first, "second": second, "difference": second - first}
+
+
+def agreement(first: Weights, second: Weights, *, outcome=None, replicates: int = 999, seed: int | np.random.Generator = 0, workers: int | None = 1, progress: bool = True) -> Agreement:
+    """Test whether two methods agree on the units that both keep, by a bootstrap of clusters in which both weights are fitted anew.
+
+    first, second : `Weights` of the same study and estimand; their `lam` stays what it was. outcome : name of one of the study's (default: the first). replicates, seed, workers, progress : as in `bootstrap`.
+    Raises `InputError` for weights of different studies or estimands, and for a target from outside.
+    Source: Ben-Michael, Feller & Keele (2026), section 8; the bootstrap of Davison & Hinkley (1997), section 4.4."""
+    if first.study is not second.study or first.estimand != second.estimand:
+        raise InputError("agreement compares two methods on one study, for one estimand.")
+    if first.outside is not None or second.outside is not None:
+        raise InputError("A target from outside is not drawn with the study, so agreement cannot be tested.")
+    study, kept = first.study, (first.reason == "") & (second.reason == "")
+    names = list(study.outcomes)
+    if not names or (outcome is not None and outcome not in names):
+        raise InputError("The study has no outcome." if not names else f"The study has no outcome {outcome!r}." + nearest(outcome, names))
+    part = study if kept.all() else study.restrict(kept)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ClusterWeightsWarning)           # said when the weights were made
+        recipes = tuple(w if part is study else replace(w.refit(part), solutions={}) for w in (first, second))
+        found = bootstrap(part, partial(_both, recipes=recipes, outcome=names[0] if outcome is None else outcome), replicates=replicates, seed=seed, workers=workers, progress=progress)
+    labels = (first.label, second.label)
+    named = dict(zip(["first", "second"], labels if labels[0] != labels[1] else [f"{labels[0]} (1)", f"{labels[1]} (2)"]))
+    return Agreement(labels, replace(found, observed=found.observed.rename(named), draws=found.draws.rename(columns=named)), part.n, len(part.labels), first.estimand)
 
 # %% ../nbs/20_comparison.ipynb #5bc4e44e
 _STYLE = """
@@ -505,7 +624,8 @@ _OUTCOME_MODELS = {"none": "without an outcome model", "covariates": "with the o
 def _methods_section(c: Comparison) -> str:
     out = "<dl>\n"
     for name in c.table.index:
-        what = f"{inspect.getdoc(METHODS[name].function).splitlines()[0]} Standard error {_OUTCOME_MODELS[METHODS[name].knows(c.weights[name].params if name in c.weights else {})]}."
+        method = METHODS[c.methods.get(name, name)]
+        what = f"{inspect.getdoc(method.function).splitlines()[0]} Standard error {_OUTCOME_MODELS[method.knows(c.weights[name].params if name in c.weights else {})]}."
         out += f"<dt>{_text(c.table.loc[name, 'label'])}</dt>\n<dd>{_text(what)}</dd>\n"
         out += f"<dd>It gave no estimate: {_text(c.table.loc[name, 'status'])}.</dd>\n" if name in c.errors else ""
     facts = [w.summary(c.balances[name]).cells()[""].rename(c.table.loc[name, 'label']) for name, w in c.weights.items()]
@@ -583,7 +703,8 @@ _SURVEY_ASSUMPTIONS = [
 
 def _citation_section(c: Comparison) -> str:
     lines = [f"This report: clusterweights contributors. clusterweights, version {__version__}. Python package."]
-    lines += [f"{c.table.loc[name, 'label']}: {METHODS[name].source}" for name in c.table.index if METHODS[name].source]
+    sources = {name: METHODS[c.methods.get(name, name)].source for name in c.table.index}
+    lines += [f"{c.table.loc[name, 'label']}: {source}" for name, source in sources.items() if source]
     return _items([*lines, f"Standard errors and measures of balance: {FRAMEWORK_PAPER}, sections 6 and 8."])
 
 

@@ -15,7 +15,7 @@ import pandas as pd
 
 from .core import EstimationError, InputError, Table, counted, listed, nearest
 from .framework import panels
-from .mixed import LogisticMixed, fit_logistic_mixed
+from .mixed import LogisticMixed, fit_logistic_mixed, independent_columns
 from .outcomes import folds
 from .study import Study, cluster_sums
 from .weights import FRAMEWORK_PAPER, WEIGHTED_ARMS, Weights, group_mask, method
@@ -205,20 +205,21 @@ def propensity_scores(study: Study, model="random intercept", *, penalty: float 
 
 
 def _fitted(study: Study, model: str, reason: np.ndarray, penalty: float, slopes, nodes: int | None) -> Propensity:
-    x, z, s = study.x, study.treat, study.sampling_weights
+    columns = independent_columns(study.x)                                 # the others would change no score
+    x, z, s, names = study.x[:, columns], study.treat, study.sampling_weights, [study.names[j] for j in columns]
     if model == "none":
-        return Propensity(study, fit_levels(x, z, np.array([0, study.n]), weights=s, names=study.names), reason, model)
-    varying = [name for name in study.names if name not in study.constant_within]
+        return Propensity(study, fit_levels(x, z, np.array([0, study.n]), weights=s, names=names), reason, model)
+    varying = [name for name in names if name not in study.constant_within]
     if model == "random intercept":
-        fit = fit_logistic_mixed(x, z, study.starts, nodes=nodes, names=study.names)
+        fit = fit_logistic_mixed(x, z, study.starts, nodes=nodes, names=names)
         return Propensity(study, fit.fitted, reason, model, fit)
     if model == "random coefficients":
-        fit = fit_logistic_mixed(x, z, study.starts, slopes=varying if slopes is None else slopes, off_boundary=True, names=study.names)
+        fit = fit_logistic_mixed(x, z, study.starts, slopes=varying if slopes is None else slopes, off_boundary=True, names=names)
         return Propensity(study, fit.fitted, reason, model, fit)
     if model == "stratified" or penalty == 0:
         reason = _one_armed(study, np.ones(study.n, dtype=bool))
     part = study if (reason == "").all() else study.restrict(reason == "")
-    columns = [list(study.names).index(name) for name in varying]          # the others are part of a cluster's level
+    columns = [names.index(name) for name in varying]                      # the others are part of a cluster's level
     scores, rows = np.full(study.n, np.nan), np.flatnonzero(reason == "")
     fit = fit_each if model == "stratified" else fit_levels
     more = {} if model == "stratified" else {"names": varying}
@@ -270,9 +271,9 @@ def _normalised(study: Study, raw: np.ndarray, kept: np.ndarray, estimand: str, 
 
 def _label(params: Mapping) -> str:
     model = params.get("model", "random intercept")
-    if not isinstance(model, str):
-        return f"IPW, {type(model).__name__ if hasattr(model, 'predict_proba') else 'given scores'}"
-    return f"IPW, {'no clusters' if model == 'none' else model}"
+    if isinstance(model, str):
+        return f"IPW, {'no clusters' if model == 'none' else model}"
+    return f"IPW, {type(model).__name__ if hasattr(model, 'predict_proba') else 'given scores'}"
 
 
 def _knows(params: Mapping) -> str:
@@ -280,7 +281,7 @@ def _knows(params: Mapping) -> str:
     return "covariates and clusters" if isinstance(model, str) and model != "none" else "covariates"
 
 
-@method("ipw", _label, outcome_model=_knows, estimands=("ATT", "ATC", "ATE", "ATO"), source=f"{FRAMEWORK_PAPER}, section 4.1.")
+@method("ipw", _label, outcome_model=_knows, estimands=("ATT", "ATC", "ATE", "ATO"), surveys=False, source=f"{FRAMEWORK_PAPER}, section 4.1.")
 def ipw_weights(study: Study, model="random intercept", *, estimand: str | None = None, normalize: str | None = "overall", trim: float | None = None, truncate: float | None = None,
                 penalty: float = 0.0, slopes=None, nodes: int | None = None) -> Weights:
     """Units weighted by the inverse of their propensity score.

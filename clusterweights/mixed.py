@@ -17,7 +17,7 @@ from .core import EstimationError, InputError, NotConvergedWarning, Table, calle
 from .study import by_size, cluster_sums
 
 # %% auto #0
-__all__ = ['Convergence', 'LinearMixed', 'fit_linear_mixed', 'LogisticMixed', 'fit_logistic_mixed']
+__all__ = ['independent_columns', 'Convergence', 'LinearMixed', 'fit_linear_mixed', 'LogisticMixed', 'fit_logistic_mixed']
 
 # %% ../nbs/04_mixed.ipynb #b9ca0306
 @dataclass(frozen=True)
@@ -74,15 +74,37 @@ def _design(x, starts: np.ndarray, names: Sequence[str] | None) -> _Design:
     return _Design(names, mean, sd, x)
 
 
+def _gram(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    "x' diag(weight) x for weights that are at least 0, in pieces that fit into the processor's cache."
+    out = np.zeros((x.shape[1], x.shape[1]))
+    for first in range(0, len(x), 4096):
+        part = x[first:first + 4096] * np.sqrt(weight[first:first + 4096])[:, None]
+        out += part.T @ part
+    return out
+
+
+def _combinations(x: np.ndarray) -> dict[int, np.ndarray]:
+    "Standardised columns of x (n, d) that are combinations of earlier ones, to nine digits of their variance: number → its weights on the columns before it."
+    gram, found = _gram(x, np.full(len(x), 1 / len(x))), {}
+    for j in range(1, len(gram)):
+        before = np.linalg.lstsq(gram[:j, :j], gram[:j, j], rcond=None)[0]
+        if gram[j, j] - gram[:j, j] @ before < 1e-9:
+            found[j] = before
+    return found
+
+
+def independent_columns(x: np.ndarray) -> np.ndarray:
+    "Numbers of the columns of x (n, d) that are neither constant nor a combination of earlier ones and a constant."
+    sd = x.std(axis=0)
+    vary = np.flatnonzero(sd > 1e-12 * np.abs(x.mean(axis=0)))
+    return np.delete(vary, list(_combinations((x[:, vary] - x[:, vary].mean(axis=0)) / sd[vary])))
+
+
 def _check_rank(x: np.ndarray, names: Sequence[str]) -> None:
-    "Raise if a standardised column is a combination of earlier ones, to nine digits of its variance."
-    gram = x.T @ x / len(x)
-    for j in range(2, len(gram)):
-        before = np.linalg.lstsq(gram[1:j, 1:j], gram[1:j, j], rcond=None)[0]
-        if gram[j, j] - gram[1:j, j] @ before < 1e-9:
-            made_of = [names[i] for i in np.flatnonzero(np.abs(before) > 1e-6)]
-            raise InputError(f"{names[j - 1]!r} is a combination of {listed(made_of)} (and a constant): its coefficient is not determined. "
-                             "Leave one out.")
+    "Raise if a standardised column, after the intercept, is a combination of earlier ones."
+    for j, before in _combinations(x[:, 1:]).items():
+        made_of = [names[i] for i in np.flatnonzero(np.abs(before) > 1e-6)]
+        raise InputError(f"{names[j]!r} is a combination of {listed(made_of)} (and a constant): its coefficient is not determined. Leave one out.")
 
 # %% ../nbs/04_mixed.ipynb #ce84cad5
 def _chunks(first: np.ndarray, most: int) -> Iterator[tuple[slice, slice]]:
@@ -344,6 +366,7 @@ class _RandomIntercept(_Data):
         super().__init__(x, z, starts)
         self.v, self.prior = np.zeros(self.k), prior
         self.diagonal = self.scales = np.array([x.shape[1]])
+        self.guided = 2                                       # steps after which gradients correct the curvature
 
     def modes(self, theta: np.ndarray) -> _Modes:
         sigma, eta, v = theta[-1], self.x @ theta[:-1], self.v
@@ -443,7 +466,7 @@ def information(self: _RandomIntercept, theta: np.ndarray, nodes: int) -> np.nda
         scores -= np.einsum("km,kmp->kp", at.share, scores)[:, None]
         scores = (np.sqrt(at.share)[:, :, None] * scores).reshape(-1, p + 1)
         out -= scores.T @ scores
-    out[:p, :p] += (self.x * w[:, None]).T @ self.x
+    out[:p, :p] += _gram(self.x, w)
     cross = self.x.T @ wv
     out[:p, p] += cross
     out[p, :p] += cross
@@ -512,14 +535,14 @@ def _ascend(f, theta: np.ndarray, nodes: int, tolerance: float) -> tuple[np.ndar
     for steps in range(_MOST_STEPS):
         if np.abs(gradient).max() < tolerance or np.abs(theta[f.x.shape[1]:]).max() > _DIVERGED:
             break
-        inverse = f.guess(theta) if steps < 7 else inverse
+        inverse = f.guess(theta) if steps <= f.guided else inverse
         step = _within(f, theta, inverse @ gradient)
         found = _line_search(lambda at: f.value(at, nodes), theta, step, value, gradient)
         if found is None:
             break
         moved, before = found[0] * step, gradient
         theta, (value, gradient) = theta + moved, found[1]
-        if steps >= 6:
+        if steps >= f.guided:
             inverse = _bfgs(inverse, moved, before - gradient)
     return theta, steps
 
@@ -538,7 +561,7 @@ def _raise_separated(names: list[str], count: int | None = None) -> None:
 
 
 def _without_levels(design: _Design, z: np.ndarray) -> np.ndarray:
-    "(p,) logistic regression without cluster effects; raises `EstimationError` for separation, with the covariates."
+    "(p,) logistic regression without cluster effects, to two digits or more; raises `EstimationError` for separation, with the covariates."
     alone = _separated_by(design.x, z)
     if alone.any():
         _raise_separated([design.names[j - 1] for j in np.flatnonzero(alone)[:1]])
@@ -549,10 +572,10 @@ def _without_levels(design: _Design, z: np.ndarray) -> np.ndarray:
     value, q = value_at(beta)
     for steps in range(60):
         gradient = x.T @ (sign * q)
-        step = _inverse((x * (q * (1 - q))[:, None]).T @ x) @ gradient
+        step = _inverse(_gram(x, q * (1 - q))) @ gradient
         gain = sign * (x @ step)
-        if gradient @ step <= 1e-10:
-            break
+        if np.abs(gain).max() < 0.1 and gradient @ step < 0.01:        # one more step is good enough for a start
+            return beta + step
         if steps >= 12 and gain.max() > 0.5 and gain.min() > -0.01:
             size = np.abs(step[1:])
             directions = [j for j in np.argsort(-size) if size[j] > 0.05 * size.max()]
@@ -627,7 +650,7 @@ class _RandomCoefficients(_Data):
         self.row, self.column = np.tril_indices(self.r) if full else (np.arange(self.r),) * 2
         self.diagonal = x.shape[1] + np.flatnonzero(self.row == self.column)
         self.scales = np.zeros(0, dtype=int) if full else self.diagonal      # those that the likelihood knows only up to sign, one by one
-        self.v = np.zeros((self.k, self.r))
+        self.v, self.guided = np.zeros((self.k, self.r)), 6
 
     def factor(self, theta: np.ndarray) -> np.ndarray:
         "Λ."
@@ -679,9 +702,8 @@ def value(self: _RandomCoefficients, theta: np.ndarray, nodes: int = 1) -> tuple
 def expected(self: _RandomCoefficients, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "Expected information on β (p, p) and on the entries of Λ."
     factor, _, _, _, w, _, g, h = self.modes(theta)
-    weighted = self.x * w[:, None]
-    inner = factor.T @ self.products(self.s, weighted)
-    beta = weighted.T @ self.x - inner.reshape(-1, inner.shape[2]).T @ np.linalg.solve(h, inner).reshape(-1, inner.shape[2])
+    inner = factor.T @ self.products(self.s * w[:, None], self.x)
+    beta = _gram(self.x, w) - inner.reshape(-1, inner.shape[2]).T @ np.linalg.solve(h, inner).reshape(-1, inner.shape[2])
     m = g - g @ factor @ np.linalg.solve(h, factor.T @ g)
     n = m @ factor
     def summed(a, b): return (a.reshape(self.k, -1).T @ b.reshape(self.k, -1)).reshape((self.r,) * 4)
@@ -795,6 +817,12 @@ def _curvature(information: np.ndarray) -> float:
     return float(np.linalg.eigvalsh(scale[:, None] * information * scale).min())
 
 
+def _differences(f, theta: np.ndarray, nodes: int, step: float = 1e-5) -> np.ndarray:
+    "Minus the second derivatives of what is maximised, by differences of its gradient."
+    rows = [(f.value(theta - e, nodes)[1] - f.value(theta + e, nodes)[1]) / (2 * step) for e in step * np.eye(len(theta))]
+    return (np.array(rows) + np.transpose(rows)) / 2
+
+
 @patch
 def information(self: _RandomCoefficients, theta: np.ndarray, nodes: int = 1) -> np.ndarray:
     "Minus the second derivatives of the log-likelihood (with the prior); expected ones for β."
@@ -896,7 +924,9 @@ def _logistic_result(f, design: _Design, theta: np.ndarray, columns: np.ndarray,
     free = np.setdiff1d(np.arange(len(theta)), f.scales[theta[f.scales] == 0])
     if f.prior:
         value -= f.prior * np.log(np.abs(theta[f.diagonal])).sum()
-    information = f.information(theta, max(nodes, 25))
+    information = f.information(theta, max(nodes, 15))
+    if not _curvature(information[np.ix_(free, free)]) > 0:
+        information = _differences(f, theta, nodes)
     _check_finite(f, theta, information, free, design.names)
     effects, variances, factor, deviations, cov = f.describe(theta, information[np.ix_(free, free)])
     unit = np.r_[1.0, 1 / design.sd[columns[1:] - 1]]

@@ -102,9 +102,8 @@ def cluster_statistics(study: Study, statistics=("means", "treated")) -> Cluster
     """Statistics of each cluster, the means of columns over its units, by sampling weight.
 
     statistics : one of these, or a list: "means" (of the covariates), "treated" (the share treated), "treated means" (of covariate times treated),
-    "squares" (of products of two covariates),
-    a formula in the covariates' columns and `treated` ("~ age:treated"), or a function of the study that returns (n, ·) columns in the study's order,
-    best a data frame with names.
+    "squares" (of products of two covariates), a formula in the covariates' columns and `treated` ("~ age:treated"), or a function of the study that
+    returns (n, ·) columns in the study's order, best a data frame with names.
     Covariates that do not vary within clusters always come first. A statistic that those before it determine is dropped, and listed as such.
     Raises `InputError` for others, and if none varies between clusters."""
     statistics = statistics.recipe if isinstance(statistics, ClusterStatistics) else statistics
@@ -170,13 +169,14 @@ def solve_mundlak(x: np.ndarray, psi: np.ndarray, starts: np.ndarray, target_x: 
     """Weights with exact means of x and exact totals, and the least imbalance of psi plus lam times their spread.
 
     x : (n, d) what is balanced exactly; psi : (n, p) what is balanced as far as lam lets it. starts : (K + 1,) blocks of units whose weights must add
-    up to target_total (K,) > 0: one block for
-    global balance (GB), clusters for average-to-one (AvTO). target_x : (d,), target_psi : (p,) means of the target. lam > 0.
+    up to target_total (K,) > 0: one block for global balance (GB), clusters for average-to-one (AvTO). target_x : (d,), target_psi : (p,) means of
+    the target. lam > 0.
     scaling : "means" (Eq. 8) or "sums": ½‖imbalance of the sums of psi‖² + (lam/2)Σγ²/n_g, n_g = units of the block to be weighted + its
     target_total.
     base, tolerance, bounds, max_share (of the block's total), spread, names, labels, solver : as for `solve_hierarchical`; names and spread are those
     of x.
-    Raises `InfeasibleError` if the means of x cannot be reached. Source: Ben-Michael, Feller & Keele (2026), Eq. 8, with the total."""
+    Raises `InfeasibleError` if the means of x cannot be reached.
+    Source: Ben-Michael, Feller & Keele (2026), Eq. 8, with the total."""
     problem = _problem(x, psi, starts, target_x, target_psi, target_total, lam, scaling, base, bounds, max_share, spread, names, labels)
     return solve_within(problem, tolerance, solver)
 
@@ -202,12 +202,12 @@ _KNOWS = {"gb": "covariates and cluster means", "avto": "covariates, cluster mea
 _FAR = 0.10          # more than this share of the target in clusters that lack the arm is worth a warning
 
 
-def _extrapolated(study: Study, estimand: str) -> dict[str, float]:
+def _extrapolated(study: Study, estimand: str, cluster_weight: str) -> dict[str, float]:
     "By weighted arm, the share of its target that sits in clusters without that arm."
     shares = {}
     for arm, group in WEIGHTED_ARMS[estimand].items():
         own = cluster_sums(group_mask(study, arm).astype(int), study.starts)
-        goal = cluster_sums(target_weights(study, group_mask(study, group)), study.starts)
+        goal = cluster_sums(target_weights(study, group_mask(study, group), cluster_weight), study.starts)
         shares[arm] = float(goal[own == 0].sum() / goal.sum())
     return shares
 
@@ -220,16 +220,13 @@ def mundlak_weights(study: Study, lam: float | str | Mapping[str, float] = "auto
     """Units weighted to their target across clusters, with balance on covariates, on statistics of their clusters, and on products of the two.
 
     lam : the price of uneven weights, as in `hierarchical_weights`. variant : "gb" (default; global balance of covariates and statistics, all
-    clusters stay) or "avto" (average-to-one: each
-    cluster's weights add up to its target, and clusters that lack an arm are left out). statistics : as in `cluster_statistics`; computed anew when
-    the weights are refitted.
+    clusters stay) or "avto" (average-to-one: each cluster's weights add up to its target, and clusters that lack an arm are left out).
+    statistics : as in `cluster_statistics`; computed anew when the weights are refitted.
     estimand : "ATT" (default), "ATC" or "ATE"; in a survey "mean" (default) or "total". tolerance : how many standard deviations a mean of a
-    covariate or statistic may miss its target by; "auto"
-    is the smallest feasible, 0 (default) exact. bounds : of each weight, not below 0. max_share : the largest share of its arm's (avto: its
-    cluster's) total that one unit may carry.
+    covariate or statistic may miss its target by; "auto" is the smallest feasible, 0 (default) exact.
+    bounds : of each weight, not below 0. max_share : the largest share of its arm's (avto: its cluster's) total that one unit may carry.
     cluster_weight : "units" or "clusters", whether each target unit or each cluster counts the same. standardize : divide covariates and statistics
-    by their overall standard deviation
-    (default). solver : "auto", "structured", "piqp" or "osqp".
+    by their overall standard deviation (default). solver : "auto", "structured", "piqp" or "osqp".
 
     Raises `InfeasibleError`, naming covariates and statistics, if balance is impossible. Warns (`OverlapWarning`) if more than a tenth of the target
     sits in clusters without the weighted arm.
@@ -258,7 +255,7 @@ def mundlak_weights(study: Study, lam: float | str | Mapping[str, float] = "auto
     params = {"lam": lams if len(lams) > 1 else next(iter(lams.values())), "variant": variant, "statistics": found.recipe, "estimand": estimand,
               "tolerance": tolerance, "bounds": bounds, "max_share": max_share, "cluster_weight": cluster_weight, "standardize": standardize,
               "solver": solver}
-    beyond = {} if within else _extrapolated(study, estimand)
+    beyond = {} if within else _extrapolated(study, estimand, cluster_weight)
     weights = weigh(study, "mundlak", one_arm, params, within=within, facts=_facts(found, f, beyond))
     worst = max(beyond, key=beyond.get, default=None)
     if worst and beyond[worst] > _FAR:
@@ -284,11 +281,12 @@ def decompose_by_statistics(weights: Weights, levels=0.0, common=0.0, departures
     """Bias of an estimate for a known outcome model, split into what balance of cluster statistics, of covariates and of their products would remove,
     and what they cannot see.
 
-    weights : of any method. levels, common, departures : as in `decompose`. statistics : as in `cluster_statistics`. Levels are split into their
-    least-squares fit on the statistics and the rest;
-    departures likewise, with the products of covariates and statistics besides. Returns one row per term and their sum, one column per weighted mean,
-    and the effect's.
-    Raises as `decompose`. Source: Ben-Michael, Feller & Keele (2026), Eq. 7, with what is left of Eq. 4."""
+    weights : of any method.
+    levels, common, departures : as in `decompose`.
+    statistics : as in `cluster_statistics`. Levels are split into their least-squares fit on the statistics and the rest; departures likewise, with
+    the products of covariates and statistics besides. Returns one row per term and their sum, one column per weighted mean, and the effect's.
+    Raises as `decompose`.
+    Source: Ben-Michael, Feller & Keele (2026), Eq. 7, with what is left of Eq. 4."""
     study = weights.study
     f = _features(study, cluster_statistics(study, statistics))
     of_levels = np.column_stack([np.ones(study.n), f.s])
@@ -324,7 +322,8 @@ def mundlak_scores(study: Study, statistics=("means", "treated"), *, products: b
 
     statistics : as in `cluster_statistics`. products : whether covariates times statistics are in the model, too. NaN for rows that the study left
     out.
-    Raises `EstimationError` for separation, naming columns. Source: Arkhangelsky & Imbens (2024); Ben-Michael, Feller & Keele (2026), section 5."""
+    Raises `EstimationError` for separation, naming columns.
+    Source: Arkhangelsky & Imbens (2024); Ben-Michael, Feller & Keele (2026), section 5."""
     if not isinstance(study, Study) or study.level == "survey":
         raise InputError("mundlak_scores are for a Study of treated and untreated units.")
     found = cluster_statistics(study, statistics)

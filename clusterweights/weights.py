@@ -30,7 +30,8 @@ from .study import Study, numbers_by_name, cluster_sums
 # %% auto #0
 __all__ = ['WEIGHTED_ARMS', 'TARGET_NOUNS', 'METHODS', 'FRAMEWORK_PAPER', 'Arm', 'group_mask', 'target_weights', 'arms', 'Method',
            'method', 'canonical_estimand', 'Target', 'Weights', 'weigh', 'predict_outcomes', 'model_residuals',
-           'unadjusted_weights', 'resolve_lam', 'balance_lam', 'LamPath', 'Feasibility', 'feasibility']
+           'point_estimate', 'unadjusted_weights', 'resolve_lam', 'balance_lam', 'LamPath', 'Feasibility',
+           'feasibility']
 
 # %% ../nbs/08_weights.ipynb #c190c258
 WEIGHTED_ARMS = {"ATT": {"controls": "treated"}, "ATC": {"treated": "controls"}, "ATE": {"controls": "all", "treated": "all"},
@@ -206,7 +207,7 @@ class Method:
 
     outcome_model : what the standard error's outcome model may know, see `OutcomeModel`; or a function of the options used.
     estimands : those it can estimate in a study of treated and untreated; "mean" and "total" in a survey. source : the reference to cite.
-    whole_clusters : whether it can be used where whole clusters were treated."""
+    whole_clusters, surveys : whether it can be used where whole clusters were treated, and in surveys."""
     name: str
     label: str | Callable[[Mapping], str]
     function: Callable
@@ -214,6 +215,7 @@ class Method:
     estimands: tuple[str, ...]
     source: str = ""
     whole_clusters: bool = False
+    surveys: bool = True
 
     @functools.cached_property
     def options(self) -> tuple[str, ...]:
@@ -234,10 +236,10 @@ FRAMEWORK_PAPER = "Ben-Michael, E., Feller, A. & Keele, L. (2026). A weighting f
 
 
 def method(name: str, label: str | Callable, *, outcome_model: str | Callable, estimands: tuple[str, ...] = ("ATT", "ATC", "ATE"), source: str = "",
-           whole_clusters: bool = False) -> Callable:
+           whole_clusters: bool = False, surveys: bool = True) -> Callable:
     """Register a function `<name>_weights(study, …, *, estimand=None, …) -> Weights` as a method of that name.
 
-    The function gets the estimand by its usual name. label : for tables. outcome_model, estimands, source, whole_clusters : as in `Method`."""
+    The function gets the estimand by its usual name. label : for tables. outcome_model, estimands, source, whole_clusters, surveys : as in `Method`."""
     def register(function):
         @functools.wraps(function)
         def run(study, *args, **options):
@@ -250,7 +252,7 @@ def method(name: str, label: str | Callable, *, outcome_model: str | Callable, e
             weights = function(study, *args, **options)
             _warn(weights)
             return weights
-        METHODS[name] = Method(name, label, run, outcome_model, estimands, source, whole_clusters)
+        METHODS[name] = Method(name, label, run, outcome_model, estimands, source, whole_clusters, surveys)
         return run
     return register
 
@@ -281,6 +283,8 @@ def _check_call(method: Method, study, options: Mapping) -> None:
     if isinstance(options.get("bounds"), (tuple, list)) and options["bounds"] and isinstance(options["bounds"][0], Real) and options["bounds"][0] < 0:
         raise InputError(f"bounds={options['bounds']!r}: weights below 0 extrapolate, and no balance table or sample size can be read then. The array "
                          "functions allow them.")
+    if study.level == "survey" and not method.surveys:
+        raise InputError(f"{name} is for a Study of treated and untreated units; for a survey use {listed([m.function.__name__ for m in METHODS.values() if m.surveys])}.")
     if study.level == "cluster" and not method.whole_clusters:
         others = [m.function.__name__ for m in METHODS.values() if m.whole_clusters]
         raise InputError(f"{study.columns['treat']!r} never varies within {study.columns['cluster']!r}: whole clusters were treated. {name} compares "
@@ -391,7 +395,7 @@ class Weights:
     @property
     def status(self) -> str:
         "How the weights came about."
-        return "certified" if self.solutions else "closed form"
+        return "certified" if self.solutions else "fitted model" if "model" in self.params else "closed form"
 
     def balance(self) -> Balance:
         "Global and local balance before and after weighting, among the units that were kept: treated and controls, or full sample and respondents."
@@ -722,8 +726,8 @@ def _by_group(weights: Weights, y: np.ndarray, residuals: np.ndarray, by, vcov: 
 _GIVEN = "outcome given as values"
 
 
-def _point(weights: Weights, y: np.ndarray) -> float:
-    "The estimate alone. y : (n,) in the study's order."
+def point_estimate(weights: Weights, y: np.ndarray) -> float:
+    "The estimate alone, without its standard error, as a bootstrap needs it. y : (n,) in the study's order."
     means = [np.average(y[mask], weights=weights.in_order[mask]) for mask in
              ((weights.study.treat,) if weights.study.level == "survey" else (weights.study.treat, ~weights.study.treat))]
     return float(means[0] - means[1]) if len(means) == 2 else float(means[0]) * _scale_of_mean(weights)
@@ -731,7 +735,7 @@ def _point(weights: Weights, y: np.ndarray) -> float:
 
 def _refitted(study: Study, recipe: Weights, outcome) -> dict[str, float]:
     "The estimate of the same recipe on another study."
-    return {recipe.estimand: _point(recipe.refit(study), study.outcomes[outcome])}
+    return {recipe.estimand: point_estimate(recipe.refit(study), study.outcomes[outcome])}
 
 
 @patch
@@ -968,7 +972,7 @@ def path(self: Weights, lams: Sequence[float] | None = None) -> LamPath:
         raise InputError(f"{self.label} has no lam.")
     def row(weights, lam):
         found = {"lam": lam, "ess": min(weights.ess[arm] for arm in weights.weighted_arms), "l2_local": weights.balance().l2.loc["local", "after"]}
-        return found | ({} if self.study.outcome is None else {"estimate": _point(weights, self.study.outcome)})
+        return found | ({} if self.study.outcome is None else {"estimate": point_estimate(weights, self.study.outcome)})
     own = self.params["lam"]
     middle = float(np.exp(np.mean(np.log(list(own.values()))))) if isinstance(own, Mapping) else own
     grid = np.logspace(-2, 2, 9) if lams is None else np.asarray(lams, dtype=float) / middle

@@ -114,7 +114,7 @@ def test_the_demo_prints_what_the_methods_say(capsys):
     out, err = capsys.readouterr()
     expected = cw.compare(late_entry_study(), lam=1.0)
     for name in expected.table.index:
-        assert f"{expected.table.loc[name, 'estimate']:.3f}" in out
+        assert f"{expected.table.loc[name, 'estimate']:.4f}" in out
         assert f" {expected.table.loc[name, 'ess_controls']:,.0f}" in out
     assert " 712\n" in out
     assert "Next: your own data." in out

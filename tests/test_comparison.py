@@ -2,6 +2,7 @@
 
 import pickle
 import warnings
+from dataclasses import replace
 from io import BytesIO
 from types import SimpleNamespace
 
@@ -78,8 +79,8 @@ def test_level_columns_and_picture():
 
 def test_the_table_is_that_of_each_method_alone():
     c = cw.compare(study(), lam=0.7)
-    assert list(c.table.index) == ["unadjusted", "balancing", "hierarchical"]
-    for name, w in {"unadjusted": cw.unadjusted_weights(study()), "balancing": cw.balancing_weights(study()),
+    assert list(c.table.index) == ["unadjusted", "balancing", "ipw", "hierarchical"]
+    for name, w in {"unadjusted": cw.unadjusted_weights(study()), "balancing": cw.balancing_weights(study()), "ipw": cw.ipw_weights(study()),
                     "hierarchical": cw.hierarchical_weights(study(), lam=0.7)}.items():
         row, e, l2 = c.table.loc[name], w.estimate(), w.balance().l2
         expected = [e.estimate, e.std_error, w.ess["treated"], w.ess["controls"], *l2["after"], *l2["reduction"]]
@@ -319,3 +320,45 @@ def test_the_sizes_of_the_shipped_data():
     hsb = load_hsb()
     assert len(load_star()) == 11598
     assert len(hsb) == 7185
+
+
+# --- agreement ----------------------------------------------------------------------------------------------------
+
+
+def agreeing(**options):
+    c = cw.compare(study(), ["balancing", "hierarchical"], lam=1.0, tolerance="auto")
+    return c.weights["balancing"], c.weights["hierarchical"], dict(replicates=30, seed=3, progress=False) | options
+
+
+@pytest.mark.filterwarnings("ignore::clusterweights.core.ClusterWeightsWarning")
+def test_agreement_draws_both_methods_on_the_same_clusters():
+    first, second, options = agreeing()
+    found = cw.agreement(first, second, **options)
+    alone = [w.bootstrap(resample="clusters", **options).draws for w in (first, second)]
+    both = found.replicates.draws
+    rows = both.index.intersection(alone[0].index).intersection(alone[1].index)
+    for column, own in zip((first.label, second.label), alone):
+        assert_allclose(both.loc[rows, column], own.loc[rows, "ATT"], rtol=1e-9)
+    assert_allclose(found.difference, second.estimate().estimate - first.estimate().estimate, rtol=1e-10)
+    assert 0 < found.p_value <= 1 and found.std_error > 0
+    same = cw.agreement(first, second, **options | {"workers": 2})
+    pd.testing.assert_frame_equal(same.replicates.draws, both)
+
+
+@pytest.mark.filterwarnings("ignore::clusterweights.core.ClusterWeightsWarning")
+def test_what_the_agreement_says():
+    first, second, options = agreeing()
+    found = cw.agreement(first, second, **options)
+    draws = found.replicates.draws.assign(difference=found.difference + np.linspace(-1e-3, 1e-3, len(found.replicates.draws)) * abs(found.difference))
+    apart = replace(found, replicates=replace(found.replicates, draws=draws))
+    assert apart.p_value == pytest.approx(1 / (1 + len(draws))) and "cannot both be right" in apart.reading()
+    wide = replace(found, replicates=replace(found.replicates, draws=draws.assign(difference=np.linspace(-9, 9, len(draws)))))
+    assert wide.p_value > 0.5 and "no proof of either assumption" in wide.reading()
+
+
+def test_agreement_is_for_one_study_and_one_estimand():
+    first, second, options = agreeing()
+    with pytest.raises(InputError, match="one study, for one estimand"):
+        cw.agreement(first, cw.hierarchical_weights(study(), lam=1.0), **options)
+    with pytest.raises(InputError, match="Did you mean 'score'|no outcome 'scor'"):
+        cw.agreement(first, second, outcome="scor", **options)

@@ -11,6 +11,7 @@ import pytest
 import statsmodels.api as sm
 from numpy.testing import assert_allclose
 from scipy.integrate import quad
+from scipy.optimize import minimize
 
 from clusterweights import mixed
 from clusterweights.core import EstimationError, InputError, NotConvergedWarning
@@ -119,7 +120,29 @@ def test_linear_with_precisions_against_the_definition(method):
     given = fit_linear_mixed(x, y, starts, method=method, precision=q, relative_variance=d, ratio=fit.between / fit.within)
     assert_allclose(given.effects, fit.effects, rtol=1e-9)
     assert given.convergence is None and "given" in str(given)
+    both = np.column_stack([np.ones(len(y)), x, np.repeat(np.eye(len(d)), np.diff(starts), axis=0)])
+    system = both.T @ (q[:, None] * both) + np.diag(np.r_[np.zeros(3), fit.within / (fit.between * d)])       # the mixed model equations
+    assert_allclose(np.r_[fit.coef, fit.effects], np.linalg.solve(system, both.T @ (q * y)), rtol=1e-8)
+    assert_allclose(fit.effect_variances, fit.within / np.diag(system)[3:], rtol=1e-9)
     assert not np.allclose(fit_linear_mixed(x, y, starts, method=method).coef, fit.coef)
+
+
+@pytest.mark.parametrize("method", ["reml", "ml"])
+def test_linear_finds_the_higher_of_several_maxima(method):
+    "With uneven relative variances the likelihood may fall from zero and rise again later."
+    rises = 0
+    for seed in range(16):
+        rng = np.random.default_rng(seed)
+        sizes = rng.integers(2, 9, size=5)
+        starts, d = np.r_[0, np.cumsum(sizes)], np.exp(2 * rng.normal(size=5))
+        y = rng.standard_t(2, size=starts[-1]) + np.repeat(rng.standard_t(1, size=5), sizes) * rng.random()
+        x = rng.normal(size=(len(y), 1))
+        options = {"method": method, "relative_variance": d}
+        fit = fit_linear_mixed(x, y, starts, **options)
+        profile = [fit_linear_mixed(x, y, starts, **options, ratio=r).loglik for r in np.r_[0, 1e-4, np.logspace(-5, 6, 45)]]
+        assert fit.loglik >= max(profile) - 1e-9
+        rises += profile[1] < profile[0] < max(profile) - 0.01
+    assert rises > 0
 
 
 def brute_loglik(coef, sd, x, z, starts):
@@ -206,6 +229,10 @@ def test_what_does_not_vary_is_exactly_zero_and_said():
     assert (fit.effects[:, [fit.random.index(name) for name in zero]] == 0).all()
     kept = fit_logistic_mixed(x, z, starts, slopes=[0, 1, 2], off_boundary=True)
     assert (kept.sd > 0.01).all() and not kept.boundary and kept.loglik < fit.loglik
+    model = mixed._RandomCoefficients(np.column_stack([np.ones(len(x)), x]), z, starts, np.arange(4), False)
+    model.s = np.column_stack([np.ones(len(x)), x - x.mean(axis=0)])
+    at = np.r_[kept.coef, kept.sd]
+    assert_allclose(model.value(at)[0], kept.loglik, rtol=1e-10)                  # without the prior
 
 
 def test_a_search_that_starts_at_zero_leaves_it(monkeypatch):
@@ -216,14 +243,52 @@ def test_a_search_that_starts_at_zero_leaves_it(monkeypatch):
     assert_allclose(fit_logistic_mixed(x, z, starts).sd, found, rtol=1e-6)
 
 
+def haphazard(seed):
+    "Few clusters of any size, sparse or dense covariates, weak or strong effects."
+    rng = np.random.default_rng(seed)
+    k = int(rng.integers(3, 60))
+    sizes = rng.integers(1, rng.integers(2, 40), k)
+    n, d = sizes.sum(), int(rng.integers(1, 5))
+    x = rng.normal(size=(n, d)) if rng.random() < 0.6 else (rng.random((n, d)) < 0.2).astype(float)
+    level = rng.choice([0, 0.05, 0.5, 1.5, 4]) * rng.normal(size=k)
+    eta = rng.normal() + x @ (rng.normal(size=d) * rng.choice([0.3, 1, 3])) + np.repeat(level, sizes)
+    return x, rng.random(n) < 1 / (1 + np.exp(-eta)), np.r_[0, np.cumsum(sizes)]
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_haphazard_data_give_a_maximum_or_an_error(seed):
+    x, z, starts = haphazard(seed)
+    kinds = [{}, {"nodes": 1}, {"off_boundary": True}, {"slopes": [0]}, {"slopes": [0], "covariance": "full"},
+             {"slopes": [0], "covariance": "full", "off_boundary": True}]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for options in kinds:
+            try:
+                fit = fit_logistic_mixed(x, z, starts, **options)
+            except (InputError, EstimationError):
+                continue
+            assert fit.convergence.ok
+            if options.get("slopes") is None and not options.get("off_boundary"):
+                assert fit.loglik >= by_library(x, z, starts, fit.nodes) - 1e-6
+
+
+def by_library(x, z, starts, nodes):
+    "The highest log-likelihood that a general optimiser finds from two starting points."
+    design = np.column_stack([np.ones(len(x)), (x - x.mean(axis=0)) / x.std(axis=0)])
+    model = mixed._RandomIntercept(design, z, starts)
+    def negative(theta): return [-v for v in model.value(theta, nodes)]
+    return max(-minimize(negative, np.r_[np.zeros(design.shape[1]), sd], jac=True, method="BFGS").fun for sd in (0.3, 2.0))
+
+
 # --- predictions --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("slopes", [None, [1]])
 def test_predictions_repeat_the_fit(slopes):
     x, z, starts = varying(k=20)
+    starts = np.r_[0, 60, 70, 71, starts[4:]]
     fit = fit_logistic_mixed(x, z, starts, slopes=slopes)
-    assert_allclose(fit.predict(x, np.repeat(np.arange(20), 25)), fit.fitted, rtol=1e-10)
+    assert_allclose(fit.predict(x, np.repeat(np.arange(20), np.diff(starts))), fit.fitted, rtol=1e-10)
     assert_allclose(fit.predict(x), fit.averaged, rtol=1e-10)
     s = np.array([1.0, *(x[0, slopes] - x[:, slopes].mean(axis=0) if slopes else [])])
     eta, sd = fit.coef[0] + x[0] @ fit.coef[1:], np.sqrt(s @ fit.covariance @ s)
@@ -270,6 +335,10 @@ def test_units_of_measurement_do_not_matter(options):
     assert_allclose(other.fitted, fit.fitted, atol=1e-6)
     assert_allclose(other.averaged, fit.averaged, atol=1e-6)
     assert_allclose(other.loglik, fit.loglik, rtol=1e-10)
+    units = np.r_[1, scale[options.get("slopes", [])]]
+    assert_allclose(other.effects * units, fit.effects, atol=1e-5)
+    assert_allclose(other.effect_variances * units**2, fit.effect_variances, rtol=1e-4, atol=1e-9)
+    assert_allclose(other.covariance * np.outer(units, units), fit.covariance, rtol=1e-4, atol=1e-7)
 
 
 def test_linear_is_invariant():

@@ -234,6 +234,7 @@ def test_balance_and_weights_are_drawn_where_weighting_changes_them(reports):
     drawn = [attrs["aria-label"] for attrs in Page(reports["late entry"].read_text(encoding="utf-8")).all("svg")]
     assert [alt.split(".")[0].split(":")[0] for alt in drawn] == [
         "One dot for each of 76 clusters", "Forest plot", "Love plot, Balancing, no clusters", "Histogram of weights, Balancing, no clusters",
+        "Love plot, IPW, random intercept", "Histogram of weights, IPW, random intercept",
         "Love plot, Hierarchical balancing", "Histogram of weights, Hierarchical balancing"]
     assert "0.36 before, 0.00 after weighting" in drawn[2]
 
