@@ -133,6 +133,8 @@ def test_what_is_extrapolated(frame):
     with pytest.warns(cw.DroppedUnitsWarning, match="no controls in cluster"):
         avto = cw.mundlak_weights(simulated_study(one_armed), variant="avto")
     assert avto.target.units == gb.target.units - one_armed["cluster"].isin([0, 1]).sum() and "extrapolation from controls" not in avto.facts
+    equal = cw.mundlak_weights(simulated_study(one_armed), cluster_weight="clusters", tolerance=0.1)       # there 2 of 30 clusters are a fifteenth
+    assert equal.facts["extrapolation from controls"].startswith("6.7%")
     many = frame[~((frame["cluster"] < 6) & (frame["treat"] == 0))]
     with pytest.warns(cw.OverlapWarning, match="clusters without controls") as caught:
         cw.mundlak_weights(simulated_study(many), lam=1.0, tolerance=0.1)
