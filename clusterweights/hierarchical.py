@@ -129,8 +129,8 @@ def hierarchical_weights(study: Study, lam: float | str | Mapping[str, float] = 
                          standardize: bool = True, solver: str = "auto") -> Weights:
     """Units weighted to the target units of their own cluster, with balance overall.
 
-    lam : the price of uneven weights, a positive number; "auto": 1 − R² of the outcome on the covariates among the units weighted; or "balance": the largest with nearly all of the
-    attainable balance, found without the outcome; for two weighted arms also one of these for each. (Sampling weights have mean 1; copying each row k times instead has the effect of lam / k.)
+    lam : the price of uneven weights, a positive number; "auto": 1 − R² of the outcome on the covariates among the units weighted; or
+    "balance": the largest with nearly all of the attainable balance, found without the outcome; for two weighted arms also one of these for each. (Sampling weights have mean 1; copying each row k times instead has the effect of lam / k.)
     estimand : "ATT" (controls to treated, default), "ATC" (treated to controls) or "ATE" (both to all); in a survey "mean" (default) or "total" (respondents to the full sample of their cluster). target : another population for the ATE, a data
     frame with the covariates and the cluster; what of it lies in clusters that cannot be compared is left out with a warning.
     tolerance : how many standard deviations an overall mean may miss its target by; "auto" is the smallest feasible, 0 (default) exact.
@@ -142,7 +142,8 @@ def hierarchical_weights(study: Study, lam: float | str | Mapping[str, float] = 
     weight 0. Raises `InfeasibleError`, naming covariates and clusters, if global balance is impossible.
     Source: Ben-Michael, Feller & Keele (2026), Eq. 6."""
     def problem(arm):
-        return _problem(arm.x, arm.starts, arm.target_mean, arm.target_total, 1.0, "means", arm.base, bounds, max_share, arm.spread, arm.names, arm.labels)
+        return _problem(arm.x, arm.starts, arm.target_mean, arm.target_total, 1.0, "means", arm.base, bounds, max_share, arm.spread, arm.names,
+                        arm.labels)
     lams = resolve_lam(study, estimand, lam, within=True, by_balance=lambda name: balance_lam(
         study, estimand, name, problem, within=True, standardize=standardize, cluster_weight=cluster_weight, target=target, tolerance=tolerance))
 

@@ -30,7 +30,8 @@ _REPEATED = 1e-6     # a statistic of which the ones before it explain all but t
 
 @dataclass(frozen=True, eq=False)
 class ClusterStatistics:
-    """What is known of each cluster as a whole. values : (K, q), in the study's order of clusters. names : of the q statistics. labels : of the clusters.
+    """What is known of each cluster as a whole. values : (K, q), in the study's order of clusters. names : of the q statistics. labels : of the
+    clusters.
     recipe : what they were made from. dropped : names of those that say nothing beyond the ones before them."""
     values: np.ndarray
     names: tuple[str, ...]
@@ -45,7 +46,8 @@ class ClusterStatistics:
 
     def summary(self) -> Table:
         "The first clusters, and how many statistics there are."
-        notes = [f"{counted(len(self.names), 'statistic')} of {counted(len(self.labels), 'cluster')}" + ("; the first 8 are shown." if len(self.labels) > 8 else ".")]
+        shown = "; the first 8 are shown." if len(self.labels) > 8 else "."
+        notes = [f"{counted(len(self.names), 'statistic')} of {counted(len(self.labels), 'cluster')}{shown}"]
         if self.dropped:
             notes.append(f"Left out, since they say nothing beyond the ones before them: {listed(self.dropped)}.")
         return Table(self.table.head(8), title="Cluster statistics", notes=notes, formats=dict.fromkeys(self.names, "z.3f"))
@@ -99,19 +101,23 @@ def _own_columns(study: Study, one: str | Callable) -> dict[str, np.ndarray]:
 def cluster_statistics(study: Study, statistics=("means", "treated")) -> ClusterStatistics:
     """Statistics of each cluster, the means of columns over its units, by sampling weight.
 
-    statistics : one of these, or a list: "means" (of the covariates), "treated" (the share treated), "treated means" (of covariate times treated), "squares" (of products of two covariates),
-    a formula in the covariates' columns and `treated` ("~ age:treated"), or a function of the study that returns (n, ·) columns in the study's order, best a data frame with names.
+    statistics : one of these, or a list: "means" (of the covariates), "treated" (the share treated), "treated means" (of covariate times treated),
+    "squares" (of products of two covariates), a formula in the covariates' columns and `treated` ("~ age:treated"), or a function of the study that
+    returns (n, ·) columns in the study's order, best a data frame with names.
     Covariates that do not vary within clusters always come first. A statistic that those before it determine is dropped, and listed as such.
     Raises `InputError` for others, and if none varies between clusters."""
-    recipe = statistics.recipe if isinstance(statistics, ClusterStatistics) else tuple(statistics) if isinstance(statistics, (list, tuple)) else (statistics,)
+    statistics = statistics.recipe if isinstance(statistics, ClusterStatistics) else statistics
+    recipe = tuple(statistics) if isinstance(statistics, (list, tuple)) else (statistics,)
     columns = {name: study.x[:, j] for j, name in enumerate(study.names) if name in study.constant_within}
     for one in recipe:
         columns |= _unit_columns(study, one)
     s, size = study.sampling_weights, cluster_sums(study.sampling_weights, study.starts)
-    means = cluster_sums(s[:, None] * np.column_stack(list(columns.values())), study.starts) / size[:, None] if columns else np.zeros((study.n_clusters, 0))
+    values = np.column_stack([np.zeros((study.n, 0)), *columns.values()])
+    means = cluster_sums(s[:, None] * values, study.starts) / size[:, None]
     new, names = _new(means, size / size.sum()), np.array(list(columns), dtype=object)
     if not new.any():
-        raise InputError("No statistic varies between clusters, so clusters cannot be told apart by them. Use hierarchical_weights, which needs none.")
+        raise InputError("No statistic varies between clusters, so clusters cannot be told apart by them. Use hierarchical_weights, "
+                         "which needs none.")
     return ClusterStatistics(means[:, new], tuple(names[new]), study.labels, recipe, tuple(names[~new]))
 
 
@@ -133,7 +139,8 @@ def _new(values: np.ndarray, share: np.ndarray) -> np.ndarray:
 # %% ../nbs/13_mundlak.ipynb #bee590ee
 @dataclass(frozen=True, eq=False)
 class _Features:
-    "phi (n, d) unit-level covariates, s (n, q) statistics of each unit's cluster, psi (n, d·q) their products over √q; spread : (d + q,) standard deviations of phi and s."
+    """phi (n, d) unit-level covariates, s (n, q) statistics of each unit's cluster, psi (n, d·q) their products over √q; spread : (d + q,)
+    standard deviations of phi and s."""
     phi: np.ndarray
     s: np.ndarray
     psi: np.ndarray
@@ -155,17 +162,21 @@ def _features(study: Study, found: ClusterStatistics, standardize: bool = True) 
     return _Features(phi, s, psi, spread, (*np.array(study.names, dtype=object)[varying], *found.names))
 
 # %% ../nbs/13_mundlak.ipynb #75709f20
-def solve_mundlak(x: np.ndarray, psi: np.ndarray, starts: np.ndarray, target_x: np.ndarray, target_psi: np.ndarray, target_total: np.ndarray, lam: float, *,
-                  scaling: str = "means", base: np.ndarray | None = None, tolerance: float | str = 0.0, bounds: tuple[float, float] = (0, np.inf),
-                  max_share: float | None = None, spread: np.ndarray | None = None, names: Sequence[str] | None = None, labels: Sequence | None = None,
-                  solver: str = "auto") -> Solution:
+def solve_mundlak(x: np.ndarray, psi: np.ndarray, starts: np.ndarray, target_x: np.ndarray, target_psi: np.ndarray, target_total: np.ndarray,
+                  lam: float, *, scaling: str = "means", base: np.ndarray | None = None, tolerance: float | str = 0.0,
+                  bounds: tuple[float, float] = (0, np.inf), max_share: float | None = None, spread: np.ndarray | None = None,
+                  names: Sequence[str] | None = None, labels: Sequence | None = None, solver: str = "auto") -> Solution:
     """Weights with exact means of x and exact totals, and the least imbalance of psi plus lam times their spread.
 
-    x : (n, d) what is balanced exactly; psi : (n, p) what is balanced as far as lam lets it. starts : (K + 1,) blocks of units whose weights must add up to target_total (K,) > 0: one block for
-    global balance (GB), clusters for average-to-one (AvTO). target_x : (d,), target_psi : (p,) means of the target. lam > 0.
-    scaling : "means" (Eq. 8) or "sums": ½‖imbalance of the sums of psi‖² + (lam/2)Σγ²/n_g, n_g = units of the block to be weighted + its target_total.
-    base, tolerance, bounds, max_share (of the block's total), spread, names, labels, solver : as for `solve_hierarchical`; names and spread are those of x.
-    Raises `InfeasibleError` if the means of x cannot be reached. Source: Ben-Michael, Feller & Keele (2026), Eq. 8, with the total."""
+    x : (n, d) what is balanced exactly; psi : (n, p) what is balanced as far as lam lets it. starts : (K + 1,) blocks of units whose weights must add
+    up to target_total (K,) > 0: one block for global balance (GB), clusters for average-to-one (AvTO). target_x : (d,), target_psi : (p,) means of
+    the target. lam > 0.
+    scaling : "means" (Eq. 8) or "sums": ½‖imbalance of the sums of psi‖² + (lam/2)Σγ²/n_g, n_g = units of the block to be weighted + its
+    target_total.
+    base, tolerance, bounds, max_share (of the block's total), spread, names, labels, solver : as for `solve_hierarchical`; names and spread are those
+    of x.
+    Raises `InfeasibleError` if the means of x cannot be reached.
+    Source: Ben-Michael, Feller & Keele (2026), Eq. 8, with the total."""
     problem = _problem(x, psi, starts, target_x, target_psi, target_total, lam, scaling, base, bounds, max_share, spread, names, labels)
     return solve_within(problem, tolerance, solver)
 
@@ -181,9 +192,9 @@ def _problem(x, psi, starts, target_x, target_psi, target_total, lam: float, sca
     x = centred(x, target_x)                                # totals are exact, so that a shift of all features changes nothing
     psi = centred(psi, target_psi) if psi.shape[1] else np.zeros((n, 1))
     lower, upper = block_bounds(bounds, max_share, starts, target_total)
+    means = exact_means(x, np.zeros((1, x.shape[1])), np.array([total]), names=names, spread=spread)
     return Problem(BlockSums(psi, whole, np.array([scale])), np.zeros((1, psi.shape[1])), np.repeat(ridge, sizes) / (1.0 if base is None else base),
-                   (exact_means(x, np.zeros((1, x.shape[1])), np.array([total]), names=names, spread=spread), exact_totals(starts, target_total, labels)),
-                   lower, upper)
+                   (means, exact_totals(starts, target_total, labels)), lower, upper)
 
 # %% ../nbs/13_mundlak.ipynb #a1ba4000
 _VARIANTS = {"gb": "Mundlak, global balance", "avto": "Mundlak, average to one"}
@@ -191,31 +202,34 @@ _KNOWS = {"gb": "covariates and cluster means", "avto": "covariates, cluster mea
 _FAR = 0.10          # more than this share of the target in clusters that lack the arm is worth a warning
 
 
-def _extrapolated(study: Study, estimand: str) -> dict[str, float]:
+def _extrapolated(study: Study, estimand: str, cluster_weight: str) -> dict[str, float]:
     "By weighted arm, the share of its target that sits in clusters without that arm."
     shares = {}
     for arm, group in WEIGHTED_ARMS[estimand].items():
         own = cluster_sums(group_mask(study, arm).astype(int), study.starts)
-        goal = cluster_sums(target_weights(study, group_mask(study, group)), study.starts)
+        goal = cluster_sums(target_weights(study, group_mask(study, group), cluster_weight), study.starts)
         shares[arm] = float(goal[own == 0].sum() / goal.sum())
     return shares
 
 
 @method("mundlak", lambda params: _VARIANTS[params.get("variant", "gb")], outcome_model=lambda params: _KNOWS[params.get("variant", "gb")],
         source=f"{FRAMEWORK_PAPER}, Equation 8, with the total of the weights.")
-def mundlak_weights(study: Study, lam: float | str | Mapping[str, float] = "auto", *, variant: str = "gb", statistics=("means", "treated"), estimand: str | None = None,
-                    tolerance: float | str = 0.0, bounds: tuple[float, float] = (0, np.inf), max_share: float | None = None, cluster_weight: str = "units",
-                    standardize: bool = True, solver: str = "auto") -> Weights:
+def mundlak_weights(study: Study, lam: float | str | Mapping[str, float] = "auto", *, variant: str = "gb", statistics=("means", "treated"),
+                    estimand: str | None = None, tolerance: float | str = 0.0, bounds: tuple[float, float] = (0, np.inf),
+                    max_share: float | None = None, cluster_weight: str = "units", standardize: bool = True, solver: str = "auto") -> Weights:
     """Units weighted to their target across clusters, with balance on covariates, on statistics of their clusters, and on products of the two.
 
-    lam : the price of uneven weights, as in `hierarchical_weights`. variant : "gb" (default; global balance of covariates and statistics, all clusters stay) or "avto" (average-to-one: each
-    cluster's weights add up to its target, and clusters that lack an arm are left out). statistics : as in `cluster_statistics`; computed anew when the weights are refitted.
-    estimand : "ATT" (default), "ATC" or "ATE"; in a survey "mean" (default) or "total". tolerance : how many standard deviations a mean of a covariate or statistic may miss its target by; "auto"
-    is the smallest feasible, 0 (default) exact. bounds : of each weight, not below 0. max_share : the largest share of its arm's (avto: its cluster's) total that one unit may carry.
-    cluster_weight : "units" or "clusters", whether each target unit or each cluster counts the same. standardize : divide covariates and statistics by their overall standard deviation
-    (default). solver : "auto", "structured", "piqp" or "osqp".
+    lam : the price of uneven weights, as in `hierarchical_weights`. variant : "gb" (default; global balance of covariates and statistics, all
+    clusters stay) or "avto" (average-to-one: each cluster's weights add up to its target, and clusters that lack an arm are left out).
+    statistics : as in `cluster_statistics`; computed anew when the weights are refitted.
+    estimand : "ATT" (default), "ATC" or "ATE"; in a survey "mean" (default) or "total". tolerance : how many standard deviations a mean of a
+    covariate or statistic may miss its target by; "auto" is the smallest feasible, 0 (default) exact.
+    bounds : of each weight, not below 0. max_share : the largest share of its arm's (avto: its cluster's) total that one unit may carry.
+    cluster_weight : "units" or "clusters", whether each target unit or each cluster counts the same. standardize : divide covariates and statistics
+    by their overall standard deviation (default). solver : "auto", "structured", "piqp" or "osqp".
 
-    Raises `InfeasibleError`, naming covariates and statistics, if balance is impossible. Warns (`OverlapWarning`) if more than a tenth of the target sits in clusters without the weighted arm.
+    Raises `InfeasibleError`, naming covariates and statistics, if balance is impossible. Warns (`OverlapWarning`) if more than a tenth of the target
+    sits in clusters without the weighted arm.
     Source: Ben-Michael, Feller & Keele (2026), Eq. 8, with Σγ = n₁, which it omits; products priced at 1/q for q statistics."""
     if variant not in _VARIANTS:
         raise InputError(f"Unknown variant {variant!r}." + nearest(variant, _VARIANTS))
@@ -236,16 +250,19 @@ def mundlak_weights(study: Study, lam: float | str | Mapping[str, float] = "auto
         study, estimand, name, problem, within=within, cluster_weight=cluster_weight, tolerance=tolerance))
 
     def one_arm(arm):
-        return solve_mundlak(*parts(arm), lams[arm.name], base=arm.base, tolerance=tolerance, bounds=bounds, max_share=max_share, spread=f.spread[:width],
-                             names=f.names[:width], labels=arm.labels, solver=solver)
+        return solve_mundlak(*parts(arm), lams[arm.name], base=arm.base, tolerance=tolerance, bounds=bounds, max_share=max_share,
+                             spread=f.spread[:width], names=f.names[:width], labels=arm.labels, solver=solver)
     params = {"lam": lams if len(lams) > 1 else next(iter(lams.values())), "variant": variant, "statistics": found.recipe, "estimand": estimand,
-              "tolerance": tolerance, "bounds": bounds, "max_share": max_share, "cluster_weight": cluster_weight, "standardize": standardize, "solver": solver}
-    beyond = {} if within else _extrapolated(study, estimand)
+              "tolerance": tolerance, "bounds": bounds, "max_share": max_share, "cluster_weight": cluster_weight, "standardize": standardize,
+              "solver": solver}
+    beyond = {} if within else _extrapolated(study, estimand, cluster_weight)
     weights = weigh(study, "mundlak", one_arm, params, within=within, facts=_facts(found, f, beyond))
     worst = max(beyond, key=beyond.get, default=None)
     if worst and beyond[worst] > _FAR:
-        warnings.warn(OverlapWarning(f"{beyond[worst]:.0%} of the target sits in clusters without {worst}. Units of other clusters stand for it, which rests on how outcomes depend on the cluster "
-                                     "statistics beyond where there is anything to compare. variant='avto' and hierarchical_weights leave it out."), stacklevel=caller_depth())
+        warnings.warn(OverlapWarning(
+            f"{beyond[worst]:.0%} of the target sits in clusters without {worst}. Units of other clusters stand for it, which rests on how outcomes "
+            "depend on the cluster statistics beyond where there is anything to compare. variant='avto' and hierarchical_weights leave it out."),
+            stacklevel=caller_depth())
     return weights
 
 
@@ -261,11 +278,15 @@ _PARTS = ("global cluster", "global individual", "local", "levels beyond the sta
 
 
 def decompose_by_statistics(weights: Weights, levels=0.0, common=0.0, departures=0.0, *, statistics=("means", "treated")) -> pd.DataFrame:
-    """Bias of an estimate for a known outcome model, split into what balance of cluster statistics, of covariates and of their products would remove, and what they cannot see.
+    """Bias of an estimate for a known outcome model, split into what balance of cluster statistics, of covariates and of their products would remove,
+    and what they cannot see.
 
-    weights : of any method. levels, common, departures : as in `decompose`. statistics : as in `cluster_statistics`. Levels are split into their least-squares fit on the statistics and the rest;
-    departures likewise, with the products of covariates and statistics besides. Returns one row per term and their sum, one column per weighted mean, and the effect's.
-    Raises as `decompose`. Source: Ben-Michael, Feller & Keele (2026), Eq. 7, with what is left of Eq. 4."""
+    weights : of any method.
+    levels, common, departures : as in `decompose`.
+    statistics : as in `cluster_statistics`. Levels are split into their least-squares fit on the statistics and the rest; departures likewise, with
+    the products of covariates and statistics besides. Returns one row per term and their sum, one column per weighted mean, and the effect's.
+    Raises as `decompose`.
+    Source: Ben-Michael, Feller & Keele (2026), Eq. 7, with what is left of Eq. 4."""
     study = weights.study
     f = _features(study, cluster_statistics(study, statistics))
     of_levels = np.column_stack([np.ones(study.n), f.s])
@@ -296,10 +317,13 @@ def _fit(design: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 # %% ../nbs/13_mundlak.ipynb #3f8dd4a3
 def mundlak_scores(study: Study, statistics=("means", "treated"), *, products: bool = False) -> np.ndarray:
-    """(n_rows,) propensity scores, in the caller's row order, from a logistic regression on covariates and cluster statistics; for `ipw_weights(study, model=…)`.
+    """(n_rows,) propensity scores, in the caller's row order, from a logistic regression on covariates and cluster statistics; for
+    `ipw_weights(study, model=…)`.
 
-    statistics : as in `cluster_statistics`. products : whether covariates times statistics are in the model, too. NaN for rows that the study left out.
-    Raises `EstimationError` for separation, naming columns. Source: Arkhangelsky & Imbens (2024); Ben-Michael, Feller & Keele (2026), section 5."""
+    statistics : as in `cluster_statistics`. products : whether covariates times statistics are in the model, too. NaN for rows that the study left
+    out.
+    Raises `EstimationError` for separation, naming columns.
+    Source: Arkhangelsky & Imbens (2024); Ben-Michael, Feller & Keele (2026), section 5."""
     if not isinstance(study, Study) or study.level == "survey":
         raise InputError("mundlak_scores are for a Study of treated and untreated units.")
     found = cluster_statistics(study, statistics)

@@ -458,7 +458,8 @@ def weigh(study: Study, method: str, solve: Callable[[Arm], np.ndarray | Solutio
         if isinstance(answer, Solution):
             solutions[arm.name], answer = answer, answer.weights
         weights[arm.rows] = answer
-    return Weights(study, method, params["estimand"], params, weights, reason, solutions, _target_outside(study, keys.get("target"), made, within), facts or {})
+    outside = _target_outside(study, keys.get("target"), made, within)
+    return Weights(study, method, params["estimand"], params, weights, reason, solutions, outside, facts or {})
 
 
 def _for_rows(error: InfeasibleError, study: Study, arm: Arm, name_arm: bool) -> InfeasibleError:
@@ -762,7 +763,9 @@ def bootstrap(self: Weights, outcome=None, *, resample: str = "clusters", replic
 def _value(option) -> str:
     if isinstance(option, dict):
         return ", ".join(f"{v:.4g} for {name}" for name, v in option.items())
-    return f"{option:.4g}" if isinstance(option, float) else repr(option) if isinstance(option, (str, int, bool, tuple, type(None))) else "given"
+    if isinstance(option, tuple):
+        return f"({', '.join(map(_value, option))})"
+    return f"{option:.4g}" if isinstance(option, float) else repr(option) if isinstance(option, (str, int, bool, type(None))) else "given"
 
 
 def _top_share(w: np.ndarray) -> float:
@@ -846,8 +849,8 @@ def plot(self: Weights, axes=None):
 def resolve_lam(study: Study, estimand: str, lam, *, within: bool, by_balance: Callable[[str], float] | None = None) -> dict[str, float]:
     """The number that `lam` stands for in each weighted arm. "auto": 1 − R² of the outcome on the covariates among the arm's units.
 
-    lam : a positive number for all arms, "auto", "balance", or one of these by arm. by_balance : the number for "balance" in an arm, by the arm's name; usually `balance_lam`. Raises
-    `InputError` for anything else, and where "auto" has nothing to go by."""
+    lam : a positive number for all arms, "auto", "balance", or one of these by arm. by_balance : the number for "balance" in an arm, by the
+    arm's name; usually `balance_lam`. Raises `InputError` for anything else, and where "auto" has nothing to go by."""
     names = list(WEIGHTED_ARMS[estimand])
     if isinstance(lam, Mapping):
         if set(lam) != set(names):
@@ -916,7 +919,8 @@ def balance_lam(study: Study, estimand: str, name: str, problem: Callable[[Arm],
                 cluster_weight: str = "units", target=None, tolerance: float | str = 0.0) -> float:
     """The largest `lam` on a grid from 100,000 to 0.001 with 95% of the attainable held-out balance, for one weighted arm. No outcome is read.
 
-    name : of the arm. problem : the method's problem with lam = 1, from an `Arm`. within, standardize, cluster_weight : as in `arms`. tolerance : on global balance; where half a target cannot be met within it, it is "auto".
+    name : of the arm. problem : the method's problem with lam = 1, from an `Arm`. within, standardize, cluster_weight : as in `arms`.
+    tolerance : on global balance; where half a target cannot be met within it, it is "auto".
     Raises `EstimationError` if no cluster has two target units, and for a target from outside."""
     if target is not None or study.totals is not None:
         raise EstimationError("lam='balance' halves the target units, and a target from outside has none in the study. Give a number.")
@@ -930,17 +934,24 @@ def balance_lam(study: Study, estimand: str, name: str, problem: Callable[[Arm],
 # %% ../nbs/08_weights.ipynb #cd649968
 @dataclass(frozen=True, eq=False)
 class LamPath:
-    "One recipe along `lam`. table : one row for each, with lam, ess (of the weighted arms, the smaller), l2_local (after weighting) and the estimate (if there is an outcome). chosen : the recipe's own row."
+    """One recipe along `lam`. table : one row for each, with lam, ess (of the weighted arms, the smaller), l2_local (after weighting) and the
+    estimate (if there is an outcome). chosen : the recipe's own row."""
     table: pd.DataFrame
     chosen: pd.Series
     label: str
 
-    def __str__(self) -> str:
-        return str(Table(self.table.set_index("lam"), title=f"{self.label} along lam", formats={"ess": ",.0f", "l2_local": ".3f", "estimate": "z.4f"}))
+    def summary(self) -> Table:
+        "The table for reading."
+        rows = self.table.set_index(pd.Index([f"{lam:.4g}" for lam in self.table["lam"]], name="lam")).drop(columns="lam")
+        return Table(rows, title=f"{self.label} along lam", formats={"ess": ",.0f", "l2_local": ".3f", "estimate": "z.4f"})
+
+    def __str__(self) -> str: return str(self.summary())
     __repr__ = __str__
 
+    def _repr_html_(self) -> str: return self.summary()._repr_html_()
+
     def plot(self, axes=None):
-        "Local imbalance and, if there is an outcome, the estimate against the effective sample size; a cross marks the recipe's own `lam`. Returns the Axes."
+        "Local imbalance and, if there is one, the estimate against the effective sample size; a cross marks the recipe's own. Returns the Axes."
         shown = {"l2_local": "local L2 after weighting", "estimate": "estimate"}
         shown = {name: label for name, label in shown.items() if name in self.table}
         if axes is None:
@@ -959,7 +970,8 @@ class LamPath:
 def path(self: Weights, lams: Sequence[float] | None = None) -> LamPath:
     """What the same recipe gives with other `lam`: effective sample size, local imbalance, estimate.
 
-    lams : positive numbers (default: nine from 1/100 to 100 times the recipe's own, in each weighted arm). Raises `InputError` if the method has no lam."""
+    lams : positive numbers (default: nine from 1/100 to 100 times the recipe's own, in each weighted arm).
+    Raises `InputError` if the method has no lam."""
     if "lam" not in self.params:
         raise InputError(f"{self.label} has no lam.")
     def row(weights, lam):
@@ -971,7 +983,8 @@ def path(self: Weights, lams: Sequence[float] | None = None) -> LamPath:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", OverlapWarning)      # small lam is there to show what it does
         warnings.simplefilter("ignore", DroppedUnitsWarning)
-        rows = [row(self.refit(self.study, lam={a: v * f for a, v in own.items()} if isinstance(own, Mapping) else own * f), middle * f) for f in grid]
+        times = [{arm: v * f for arm, v in own.items()} if isinstance(own, Mapping) else own * f for f in grid]
+        rows = [row(self.refit(self.study, lam=lam), middle * f) for lam, f in zip(times, grid)]
     return LamPath(pd.DataFrame(rows), pd.Series(row(self, middle)), self.label)
 
 # %% ../nbs/08_weights.ipynb #1005e2dc
