@@ -387,3 +387,28 @@ def test_other_methods_still_say_who_can():
         cw.hierarchical_weights(unit_level, estimand="ATO")
     assert "COS" not in str(error.value)
     assert balancing_weights(study(), tolerance="auto").solution.certificate.ok
+
+
+# --- simulation and size ------------------------------------------------------------------------------------------
+
+
+def test_order_of_the_published_simulation():
+    from clusterweights.simulate import summer_school_data
+    covs = ["reading", "math", "black", "hispanic", "female", "free_lunch", "ell", "novice", "attendance", "turnover", "reading_proficient", "math_proficient", "minority", "enrolment"]
+    def errors(seed, overlap):
+        s = Study(summer_school_data(seed, overlap=overlap), treat="treat", outcome="outcome", cluster="cluster", covs=covs)
+        made = cw.unadjusted_weights(s), cos_weights(s), cos_weights(s, estimand="ATO")
+        return [np.average(s.outcome[s.treat], weights=w.in_order[s.treat]) - np.average(s.outcome[~s.treat], weights=w.in_order[~s.treat]) - 0.3 for w in made]
+    poor, good = (np.abs(np.mean([errors(seed, c) for seed in range(30)], axis=0)) for c in (1.0, 7.5))
+    assert poor[0] > 0.3 and poor[0] > poor[1] > poor[2] and poor[1] < 0.06 and poor[2] < 0.02
+    assert (good[1:] < 0.012).all()
+
+
+@pytest.mark.parametrize("icc", [0.0, 0.016, 0.2, 1.0])
+def test_many_clusters_are_solved_and_certified(icc):
+    rng = np.random.default_rng(3)
+    sizes = rng.integers(5, 60, 400)
+    x = rng.normal(size=(sizes.sum(), 10)) + 0.5 * np.repeat(rng.normal(size=(400, 10)), sizes, axis=0)
+    found = solve_cos(x, np.r_[0, np.cumsum(sizes)], np.full(10, 0.2), 3000.0, 1.2, icc, solver="structured")
+    assert found.certificate.ok and found.weights.min() >= 0
+    assert_allclose(found.weights.sum(), 3000, rtol=1e-10)
