@@ -378,7 +378,7 @@ def cos_advice(study: Study, *, estimand: str = "ATT", cluster_means: bool = Fal
     """Where it suffices to balance covariates of clusters, does it pay to balance those of units as well? And do the clusters overlap?
 
     estimand : "ATT" (controls are weighted) or "ATC". cluster_means, solver : as in `cos_weights`. Weights are computed for each value of ρ by both designs, at the
-    same lam, the smaller of the two models': else one would be charged for balance that the other does not buy. The study needs an outcome and covariates of both kinds. Source: Ben-Michael, Page & Keele (2024), section 3.4."""
+    lam of the model with all covariates: at lams of their own, one would be charged for balance that the other does not buy. The study needs an outcome and covariates of both kinds. Source: Ben-Michael, Page & Keele (2024), section 3.4."""
     if estimand not in ("ATT", "ATC"):
         raise InputError("cos_advice weights one arm: estimand='ATT' or 'ATC'.")
     options = {"estimand": estimand, "cluster_means": cluster_means, "solver": solver}
@@ -388,7 +388,7 @@ def cos_advice(study: Study, *, estimand: str = "ATT", cluster_means: bool = Fal
     if len(study.constant_within) == len(study.names):
         raise InputError("All covariates are those of clusters: there are none of units to decide about.")
     s, starts = study.sampling_weights[arm.rows], _blocks(study, arm.rows)[0]
-    def found(design, icc): return cos_weights(study, design, icc=icc, lam=min(c.lam, u.lam), **options).in_order[arm.rows]
+    def found(design, icc): return cos_weights(study, design, icc=icc, lam=u.lam, **options).in_order[arm.rows]
     rows = {}
     for icc in sorted({*_GRID, u.icc}):
         effect = design_effect(found("unit", icc), found("cluster", icc), starts, icc, s)

@@ -232,6 +232,18 @@ def test_bounds_hold_and_are_named():
             assert w.solution.certificate.ok
 
 
+def test_a_lower_bound_on_clusters_alone_leaves_one_of_them_all_the_rest():
+    sizes = np.array([4, 5, 3])
+    x, starts = np.repeat([[0.0], [1.0], [5.0]], sizes, axis=0), np.r_[0, np.cumsum(sizes)]
+    units = solve_cos(x, starts, np.array([4.9]), 12.0, 0.01, 0.2, cluster_bounds=(0.3, np.inf))
+    rows = solve_cos(x[starts[:-1]], np.arange(4), np.array([4.9]), 12.0, 0.01, 0.2, cluster_bounds=(0.3, np.inf), base=sizes.astype(float))
+    totals = cluster_sums(units.weights, starts)
+    assert_allclose(totals, rows.weights, atol=1e-7)
+    assert_allclose(totals, [1.2, 1.5, 12 - 2.7], atol=1e-7)
+    with pytest.raises(InputError, match="finite lower bound"):
+        solve_cos(x, starts, np.array([4.9]), 12.0, 0.01, 0.2, bounds=(-np.inf, np.inf), cluster_bounds=(-np.inf, 3))
+
+
 def test_what_cannot_be_done_is_refused():
     frame, s = schools(), study()
     broken = frame.assign(late=np.where(np.arange(len(frame)) == 3, 1 - frame["late"], frame["late"]))
