@@ -177,6 +177,8 @@ def cos_features(study: Study, *, cluster_means: bool = True, interactions: bool
     cluster_means : add a column "mean of …" for each covariate that varies within clusters. interactions : True for all pairs of a covariate of units
     with one of clusters, means included, or a list of pairs of names; products are of standardised columns. The same covariates are in the
     optimisation of `cos_weights` with these options; `balance_of(cos_features(study), weights)` shows their balance."""
+    if not isinstance(cluster_means, (bool, np.bool_)):
+        raise InputError(f"cluster_means={cluster_means!r} must be True or False.")
     names, x, s = list(study.names), study.x, study.sampling_weights
     own, fixed = [j for j, name in enumerate(names) if name not in study.constant_within], list(study.constant_within)
     if cluster_means:
@@ -184,7 +186,8 @@ def cos_features(study: Study, *, cluster_means: bool = True, interactions: bool
         differ = np.ptp(mean, axis=0) > 1e-12 * np.abs(mean).max(axis=0, initial=0.0)
         mean, new = mean[:, differ], [f"mean of {names[j]}" for j, yes in zip(own, differ) if yes]
         x, names, fixed = np.column_stack([x, np.repeat(mean, np.diff(study.starts), axis=0)]), names + new, fixed + new
-    pairs = [(study.names[j], c) for j in own for c in fixed] if interactions is True else list(interactions or ())
+    pairs = [(study.names[j], c) for j in own for c in fixed] if interactions is True else (
+        interactions if isinstance(interactions, (list, tuple)) else [interactions] if interactions else [])
     z = (x - np.average(x, axis=0, weights=s)) / np.where(x.std(axis=0) > 0, x.std(axis=0), 1.0)
     for pair in pairs:
         unit, cluster = _checked_pair(pair, [study.names[j] for j in own], fixed)
@@ -197,7 +200,7 @@ def cos_features(study: Study, *, cluster_means: bool = True, interactions: bool
 
 def _checked_pair(pair, units: Sequence[str], clusters: Sequence[str]) -> tuple[str, str]:
     "A pair of names, the covariate of units first. Raises `InputError` if it is not one of each."
-    if not isinstance(pair, str) and len(tuple(pair)) == 2:
+    if isinstance(pair, (list, tuple)) and len(pair) == 2:
         for unit, cluster in (tuple(pair), tuple(pair)[::-1]):
             if unit in units and cluster in clusters:
                 return unit, cluster
@@ -251,7 +254,7 @@ def cos_weights(study: Study, design: str = "unit", *, estimand: str | None = No
 def _check_design(study: Study, design, icc, lam, bounds, interactions) -> None:
     if design not in ("unit", "cluster"):
         raise InputError(f"Unknown design {design!r}." + nearest(design, ["unit", "cluster"]))
-    if design == "cluster" and tuple(bounds) != (0, np.inf):
+    if design == "cluster" and bounds not in ((0, np.inf), [0, np.inf]):
         raise InputError("With design='cluster' all units of a cluster get the same weight: give cluster_bounds instead of bounds.")
     if design == "cluster" and interactions:
         raise InputError("interactions are products of covariates of units and of clusters; design='cluster' uses those of clusters only.")
@@ -265,7 +268,7 @@ def _check_design(study: Study, design, icc, lam, bounds, interactions) -> None:
 
 def _features(study: Study, design: str, cluster_means: bool, interactions) -> Study:
     "The study with the covariates that the weights are to balance."
-    full = cos_features(study, cluster_means=cluster_means, interactions=interactions) if cluster_means or interactions else study
+    full = cos_features(study, cluster_means=cluster_means, interactions=interactions) if cluster_means is not False or interactions else study
     if design == "unit":
         return full
     columns = [j for j, name in enumerate(full.names) if name in full.constant_within]

@@ -274,6 +274,8 @@ def test_what_cannot_be_done_is_refused():
                            ({"cluster_bounds": 3}, "must be two numbers"), ({"cluster_bounds": (3, 1)}, "must not exceed"),
                            ({"bounds": (-1, 2)}, "extrapolate"),
                            ({"interactions": [("age", "female")]}, "no pair"), ({"interactions": ["size"]}, "no pair"),
+                           ({"interactions": "age:size"}, "interactions='age:size' is no pair"), ({"interactions": 5}, "no pair"),
+                           ({"cluster_means": "yes"}, "True or False"), ({"design": "cluster", "bounds": 5}, "cluster_bounds instead"),
                            ({"design": "cluster", "interactions": True}, "clusters only"),
                            ({"estimand": "ATE"}, "offers 'ATT', 'ATC' and 'ATO'")):
         with pytest.raises(InputError, match=words):
