@@ -2,10 +2,12 @@
 
 Run: python benchmarks/cos_simulation.py [--reps 200] [--interval-reps 100] [--jobs 2]. Writes benchmarks/cos_simulation.md.
 
-First table: 44 schools, overlap c from poor (1) to excellent (10); raw difference, COS weights for the treated, subset weights, each with icc and lam from the data; bias and error in standard deviations of
-the outcome. Published for the original data, which are private: raw and both weightings in this order at c = 1, nearly no bias of the weightings else.
-Second table: 50 to 250 schools; intervals of the COS estimate for the treated. plug-in: residuals of a linear model of the controls, summed by school, normal quantile; both arms: the same with the treated
-arm's term; CR2 of outcomes: the weighted sandwich, t quantile; default: CR2 of residuals, t quantile. The effect is 0.3 for everybody; given the covariates, students of a school have nothing in common."""
+First table: 44 schools, overlap c from poor (1) to excellent (10); raw difference, COS weights for the treated, subset weights, each with icc and lam
+from the data; bias and error in standard deviations of the outcome. Published for the original data, which are private: raw and both weightings in
+this order at c = 1, nearly no bias of the weightings else.
+Second table: 50 to 250 schools; intervals of the COS estimate for the treated. plug-in: residuals of a linear model of the controls, summed by
+school, normal quantile; both arms: the same with the treated arm's term; CR2 of outcomes: the weighted sandwich, t quantile; default: CR2 of
+residuals, t quantile. The effect is 0.3 for everybody; given the covariates, students of a school have nothing in common."""
 
 import argparse
 import time
@@ -23,11 +25,13 @@ from clusterweights.study import cluster_sums
 from clusterweights.weights import predict_outcomes
 
 TRUTH = 0.3
-COVARIATES = ["reading", "math", "black", "hispanic", "female", "free_lunch", "ell", "novice", "attendance", "turnover", "reading_proficient", "math_proficient", "minority", "enrolment"]
+COVARIATES = ["reading", "math", "black", "hispanic", "female", "free_lunch", "ell", "novice", "attendance", "turnover", "reading_proficient",
+              "math_proficient", "minority", "enrolment"]
 
 
 def drawn(rng, schools, overlap):
-    return cw.Study(summer_school_data(rng, n_schools=schools, overlap=overlap, tau=TRUTH), treat="treat", outcome="outcome", cluster="cluster", covs=COVARIATES)
+    return cw.Study(summer_school_data(rng, n_schools=schools, overlap=overlap, tau=TRUTH), treat="treat", outcome="outcome", cluster="cluster",
+                    covs=COVARIATES)
 
 
 def difference(study, w):
@@ -76,7 +80,8 @@ def first_table(reps, jobs):
         errors = pd.DataFrame(seeded_map(partial(biases, overlap=overlap), reps, 20240501, workers=jobs, progress=False))
         for name in errors:
             e = errors[name].dropna()
-            rows.append({"c": overlap, "estimate": name, "bias": e.mean(), "MC error": e.std() / np.sqrt(len(e)), "RMSE": np.sqrt((e**2).mean()), "refused": len(errors) - len(e)})
+            rows.append({"c": overlap, "estimate": name, "bias": e.mean(), "MC error": e.std() / np.sqrt(len(e)), "RMSE": np.sqrt((e**2).mean()),
+                         "refused": len(errors) - len(e)})
     return pd.DataFrame(rows)
 
 
@@ -88,7 +93,8 @@ def second_table(reps, jobs):
             for name in done[0]:
                 error, se, half = np.array([d[name] for d in done]).T
                 covered = np.abs(error) <= half
-                rows.append({"c": overlap, "schools": schools, "interval": name, "sd of error": error.std(), "mean SE": se.mean(), "mean length": 2 * half.mean(), "coverage": covered.mean(),
+                rows.append({"c": overlap, "schools": schools, "interval": name, "sd of error": error.std(), "mean SE": se.mean(),
+                             "mean length": 2 * half.mean(), "coverage": covered.mean(),
                              "MC error": np.sqrt(max(covered.mean() * (1 - covered.mean()), 1 / reps / 4) / reps)})
     return pd.DataFrame(rows)
 
@@ -103,8 +109,9 @@ def main():
               f"Intervals, {options.interval_reps} replicates": second_table(options.interval_reps, options.jobs).round(3)}
     text = "\n\n".join(f"## {title}\n\n```\n{table.to_string(index=False)}\n```" for title, table in tables.items())
     print(text)
-    Path(__file__).with_suffix(".md").write_text("# Whole clusters treated: the simulations of section 5\n\n" + __doc__.split("\n\n", 2)[2] + f"\n\n{text}\n\n"
-                                                 f"{time.perf_counter() - begin:.0f} seconds on {options.jobs} processes.\n", encoding="utf-8")
+    seconds, about = time.perf_counter() - begin, __doc__.split("\n\n", 2)[2]
+    Path(__file__).with_suffix(".md").write_text(f"# Whole clusters treated: the simulations of section 5\n\n{about}\n\n{text}\n\n{seconds:.0f} seconds on "
+                                                 f"{options.jobs} processes.\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

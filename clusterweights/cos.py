@@ -15,7 +15,7 @@ from fastcore.basics import patch
 
 from .core import EstimationError, InfeasibleError, InputError, Table, counted, interval_plot, listed, nearest
 from .framework import standardized_differences
-from .mixed import LinearMixed, fit_linear_mixed
+from .mixed import fit_linear_mixed
 from .qp import BlockSums, Constraint, Problem, Solution, block_bounds, centred, solve
 from .study import Study, cluster_sums
 from .weights import Arm, Weights, arms, group_mask, method
@@ -37,8 +37,8 @@ def _check_noise(lam, icc) -> None:
 
 def _solve_arms(x: np.ndarray, starts: np.ndarray, target: np.ndarray, arm: np.ndarray, totals: np.ndarray, lam: float, icc: float, base: np.ndarray,
                 bounds, cluster_bounds, labels, solver: str) -> Solution:
-    """Eqs. 6 and 14: x (n, d) features, divided by their arm's total and signed; target (d,); arm (n,) numbers of arms, the same within a cluster; totals (arms,) of their
-    weights."""
+    """Eqs. 6 and 14: x (n, d) features, divided by their arm's total and signed; target (d,); arm (n,) numbers of arms, the same within a cluster;
+    totals (arms,) of their weights."""
     _check_noise(lam, icc)
     n, scale = len(x), 1 / totals[arm]
     everybody = np.array([0, n])
@@ -51,16 +51,18 @@ def _solve_arms(x: np.ndarray, starts: np.ndarray, target: np.ndarray, arm: np.n
     return solve(problem, solver)
 
 
-def solve_cos(x: np.ndarray, starts: np.ndarray, target_mean: np.ndarray, target_total: float, lam: float, icc: float, *, base: np.ndarray | None = None,
-              bounds: tuple[float, float] = (0, np.inf), cluster_bounds: tuple[float, float] | None = None, labels: Sequence | None = None,
-              solver: str = "auto") -> Solution:
+def solve_cos(x: np.ndarray, starts: np.ndarray, target_mean: np.ndarray, target_total: float, lam: float, icc: float, *,
+              base: np.ndarray | None = None, bounds: tuple[float, float] = (0, np.inf), cluster_bounds: tuple[float, float] | None = None,
+              labels: Sequence | None = None, solver: str = "auto") -> Solution:
     """Weights of whole clusters' units with Σγ = target_total that trade imbalance against a variance in which clusters count.
 
-    x : (n, d) standardised features of the units to be weighted, sorted by cluster. starts : (K + 1,), cluster g is rows starts[g] to starts[g + 1] − 1. target_mean : (d,).
-    lam > 0 : noise over signal. icc : 0 to 1. base : (n,) sampling weights (default 1). bounds : of each weight. cluster_bounds : of each cluster's Σγ/Σbase, its mean weight.
-    labels : of the clusters, for messages. solver : "auto", "structured", "piqp" or "osqp".
-    With one row for each cluster, base = the clusters' sizes and starts = 0, …, K, these are Eq. 10's weights: each row's weight is its cluster's total.
-    Raises `InfeasibleError` for bounds that leave no room. Source: Ben-Michael, Page & Keele (2024), Eqs. 6 and 10."""
+    x : (n, d) standardised features of the units to be weighted, sorted by cluster. starts : (K + 1,), cluster g is rows starts[g] to starts[g
+    + 1] − 1. target_mean : (d,). lam > 0 : noise over signal. icc : 0 to 1. base : (n,) sampling weights (default 1). bounds : of each weight.
+    cluster_bounds : of each cluster's Σγ/Σbase, its mean weight. labels : of the clusters, for messages. solver : "auto", "structured", "piqp" or
+    "osqp". With one row for each cluster, base = the clusters' sizes and starts = 0, …, K, these are Eq. 10's weights: each row's weight is its
+    cluster's total.
+    Raises `InfeasibleError` for bounds that leave no room.
+    Source: Ben-Michael, Page & Keele (2024), Eqs. 6 and 10."""
     total, base = float(target_total), np.ones(len(x)) if base is None else base
     return _solve_arms(centred(x, target_mean) / total, starts, np.zeros(x.shape[1]), np.zeros(len(x), dtype=int), np.array([total]), lam, icc, base,
                        bounds, cluster_bounds, labels, solver)
@@ -92,7 +94,8 @@ def _pair(cluster_bounds) -> tuple[float, float]:
     try:
         low, high = map(float, cluster_bounds if not isinstance(cluster_bounds, str) else ())
     except (TypeError, ValueError):
-        raise InputError(f"cluster_bounds={cluster_bounds!r} must be two numbers, for example (0, 5): the smallest and largest mean weight of a cluster.") from None
+        raise InputError(f"cluster_bounds={cluster_bounds!r} must be two numbers, for example (0, 5): the smallest and largest mean weight of a "
+                         f"cluster.") from None
     if not low <= high:
         raise InputError(f"cluster_bounds={cluster_bounds!r}: the lower bound must not exceed the upper.")
     return low, high
@@ -102,7 +105,8 @@ def _check_room(least, most, of_arm, totals, size, labels) -> None:
     "Raise `InfeasibleError` where bounds contradict each other, or the arm's total."
     crossed = [labels[g] for g in np.flatnonzero(least > most)]
     if crossed:
-        raise InfeasibleError(f"Bounds on units and on clusters contradict each other in {counted(len(crossed), 'cluster')}: {listed(crossed)}. Widen either.", crossed,
+        raise InfeasibleError(f"Bounds on units and on clusters contradict each other in {counted(len(crossed), 'cluster')}: {listed(crossed)}. "
+                              f"Widen either.", crossed,
                               clusters=crossed)
     for a, total in enumerate(totals):
         mine = of_arm == a
@@ -110,8 +114,10 @@ def _check_room(least, most, of_arm, totals, size, labels) -> None:
         short, over = high < total * (1 - 1e-12), low > total * (1 + 1e-12)
         if short or over:
             names, mean = [labels[g] for g in np.flatnonzero(mine)], total / size[mine].sum()
-            raise InfeasibleError(f"The bounds leave no room: {counted(len(names), 'cluster')} ({listed(names)}) {'may carry at most' if short else 'must carry at least'} {high if short else low:,.6g} in all, "
-                                  f"but their weights must add up to {total:,.6g}, {mean:.3g} for each unit. Choose {'an upper' if short else 'a lower'} bound well "
+            raise InfeasibleError(f"The bounds leave no room: {counted(len(names), 'cluster')} ({listed(names)}) "
+                                  f"{'may carry at most' if short else 'must carry at least'} {high if short else low:,.6g} in all, "
+                                  f"but their weights must add up to {total:,.6g}, {mean:.3g} for each unit. Choose "
+                                  f"{'an upper' if short else 'a lower'} bound well "
                                   f"{'above' if short else 'below'} that.", names, clusters=names)
 
 # %% ../nbs/14_cos.ipynb #b0dbf81c
@@ -130,8 +136,8 @@ def solve_cos_overlap(x: np.ndarray, starts: np.ndarray, treat: np.ndarray, lam:
 # %% ../nbs/14_cos.ipynb #4b3e1f1f
 @dataclass(frozen=True)
 class Noise:
-    """What the random-intercept model says of an outcome. variance : σ² = σ_u² + σ_e², of the residuals. icc : ρ, the share of it that clusters have in common. signal : Σβ² of the
-    standardised covariates. units, clusters : in the fit."""
+    """What the random-intercept model says of an outcome. variance : σ² = σ_u² + σ_e², of the residuals. icc : ρ, the share of it that clusters have
+    in common. signal : Σβ² of the standardised covariates. units, clusters : in the fit."""
     variance: float
     icc: float
     signal: float
@@ -147,17 +153,20 @@ class Noise:
 def outcome_noise(x: np.ndarray, y: np.ndarray, starts: np.ndarray, *, treat: np.ndarray | None = None, names: Sequence[str] | None = None) -> Noise:
     """Residual variance, its intraclass correlation and the signal of a random-intercept model of y on x.
 
-    x : (n, d) standardised features, sorted by cluster; columns that do not vary are left out. y : (n,). starts : (K + 1,). treat : (n,) bool where both arms are in; treatment then
-    has a coefficient of its own, which is no part of the signal. names : of the features. Raises `EstimationError` or `InputError` where the model cannot be fitted.
+    x : (n, d) standardised features, sorted by cluster; columns that do not vary are left out. y : (n,). starts : (K + 1,). treat : (n,) bool where
+    both arms are in; treatment then has a coefficient of its own, which is no part of the signal. names : of the features.
+    Raises `EstimationError` or `InputError` where the model cannot be fitted.
     Source: Ben-Michael, Page & Keele (2024), section 3.3."""
     varies = np.ptp(x, axis=0) > 1e-9
     own = [f"x{j}" for j in range(x.shape[1])] if names is None else list(names)
     columns, extra = x[:, varies], [] if treat is None else [treat.astype(float)]
     shared = sum((np.maximum.reduceat(v, starts[:-1]) - np.minimum.reduceat(v, starts[:-1])).max() < 1e-9 for v in columns.T) + len(extra)
     if len(starts) - 2 <= shared:
-        raise EstimationError(f"{counted(len(starts) - 1, 'cluster')} and {shared} columns that do not vary within them (treatment among them) leave nothing to estimate the variance between "
+        raise EstimationError(f"{counted(len(starts) - 1, 'cluster')} and {shared} columns that do not vary within them (treatment among them) "
+                              f"leave nothing to estimate the variance between "
                               "clusters from.")
-    fit: LinearMixed = fit_linear_mixed(np.column_stack([columns, *extra]), y, starts, names=[n for n, v in zip(own, varies) if v] + ["treatment"] * len(extra))
+    used = [name for name, yes in zip(own, varies) if yes] + ["treatment"] * len(extra)
+    fit = fit_linear_mixed(np.column_stack([columns, *extra]), y, starts, names=used)
     signal = float((fit.coef[1:1 + columns.shape[1]] ** 2).sum())
     return Noise(fit.between + fit.within, fit.icc, signal, len(y), len(starts) - 1)
 
@@ -165,9 +174,11 @@ def outcome_noise(x: np.ndarray, y: np.ndarray, starts: np.ndarray, *, treat: np
 def cos_features(study: Study, *, cluster_means: bool = True, interactions: bool | Sequence[tuple[str, str]] = False) -> Study:
     """The study with further covariates: the cluster means of those that vary within clusters, and products of unit with cluster covariates.
 
-    cluster_means : add a column "mean of …" for each covariate that varies within clusters. interactions : True for all pairs of a covariate of units with one of clusters, means
-    included, or a list of pairs of names; products are of standardised columns. The same covariates are in the optimisation of `cos_weights` with these options;
-    `balance_of(cos_features(study), weights)` shows their balance."""
+    cluster_means : add a column "mean of …" for each covariate that varies within clusters. interactions : True for all pairs of a covariate of units
+    with one of clusters, means included, or a list of pairs of names; products are of standardised columns. The same covariates are in the
+    optimisation of `cos_weights` with these options; `balance_of(cos_features(study), weights)` shows their balance."""
+    if not isinstance(cluster_means, (bool, np.bool_)):
+        raise InputError(f"cluster_means={cluster_means!r} must be True or False.")
     names, x, s = list(study.names), study.x, study.sampling_weights
     own, fixed = [j for j, name in enumerate(names) if name not in study.constant_within], list(study.constant_within)
     if cluster_means:
@@ -175,19 +186,21 @@ def cos_features(study: Study, *, cluster_means: bool = True, interactions: bool
         differ = np.ptp(mean, axis=0) > 1e-12 * np.abs(mean).max(axis=0, initial=0.0)
         mean, new = mean[:, differ], [f"mean of {names[j]}" for j, yes in zip(own, differ) if yes]
         x, names, fixed = np.column_stack([x, np.repeat(mean, np.diff(study.starts), axis=0)]), names + new, fixed + new
-    pairs = [(study.names[j], c) for j in own for c in fixed] if interactions is True else list(interactions or ())
+    pairs = [(study.names[j], c) for j in own for c in fixed] if interactions is True else (
+        interactions if isinstance(interactions, (list, tuple)) else [interactions] if interactions else [])
     z = (x - np.average(x, axis=0, weights=s)) / np.where(x.std(axis=0) > 0, x.std(axis=0), 1.0)
     for pair in pairs:
         unit, cluster = _checked_pair(pair, [study.names[j] for j in own], fixed)
         x, names = np.column_stack([x, z[:, names.index(unit)] * z[:, names.index(cluster)]]), [*names, f"{unit}:{cluster}"]
     if len(set(names)) < len(names):
-        raise InputError(f"Covariates named {listed(sorted({n for n in names if names.count(n) > 1}))} are in the study already: leave out one of the two.")
+        raise InputError(f"Covariates named {listed(sorted({n for n in names if names.count(n) > 1}))} are in the study already: leave out one of "
+                         f"the two.")
     return study._altered(x=x, names=tuple(names), constant_within=tuple(fixed))
 
 
 def _checked_pair(pair, units: Sequence[str], clusters: Sequence[str]) -> tuple[str, str]:
     "A pair of names, the covariate of units first. Raises `InputError` if it is not one of each."
-    if not isinstance(pair, str) and len(tuple(pair)) == 2:
+    if isinstance(pair, (list, tuple)) and len(pair) == 2:
         for unit, cluster in (tuple(pair), tuple(pair)[::-1]):
             if unit in units and cluster in clusters:
                 return unit, cluster
@@ -195,25 +208,29 @@ def _checked_pair(pair, units: Sequence[str], clusters: Sequence[str]) -> tuple[
 
 # %% ../nbs/14_cos.ipynb #3c8c127e
 def _knows(params: Mapping) -> str:
-    return "covariates and cluster means" if params.get("cluster_means") else "cluster covariates" if params.get("design") == "cluster" else "covariates"
+    if params.get("cluster_means"):
+        return "covariates and cluster means"
+    return "cluster covariates" if params.get("design") == "cluster" else "covariates"
 
 
 def _label(params: Mapping) -> str: return "COS, cluster covariates" if params.get("design") == "cluster" else "COS"
 
 
 @method("cos", _label, outcome_model=_knows, estimands=("ATT", "ATC", "ATO"), levels=("cluster",),
-        source="Ben-Michael, E., Page, L. & Keele, L. (2024). Approximate balancing weights for clustered observational study designs. Statistics in Medicine 43, 2332–2358.")
-def cos_weights(study: Study, design: str = "unit", *, estimand: str | None = None, icc: float | str = "auto", lam: float | str = "auto", cluster_means: bool = False,
-                interactions: bool | Sequence[tuple[str, str]] = False, bounds: tuple[float, float] = (0, np.inf), cluster_bounds: tuple[float, float] | None = None,
-                sample_split: float | None = None, seed: int = 0, solver: str = "auto") -> Weights:
+        source="Ben-Michael, E., Page, L. & Keele, L. (2024). Approximate balancing weights for clustered observational study designs. Statistics "
+               "in Medicine 43, 2332–2358.")
+def cos_weights(study: Study, design: str = "unit", *, estimand: str | None = None, icc: float | str = "auto", lam: float | str = "auto",
+                cluster_means: bool = False, interactions: bool | Sequence[tuple[str, str]] = False, bounds: tuple[float, float] = (0, np.inf),
+                cluster_bounds: tuple[float, float] | None = None, sample_split: float | None = None, seed: int = 0, solver: str = "auto") -> Weights:
     """Clusters that were treated as a whole, weighted with a price on uneven weights that knows how alike their units are.
 
-    design : "unit" (default; covariates of units and clusters) or "cluster" (covariates of clusters only, equal weights within a cluster). estimand : "ATT" (controls to treated,
-    default), "ATC" (treated to controls) or "ATO" (both to each other). icc : the share of the residual variance that clusters have in common, 0 to 1; lam : noise over signal, the residual
-    variance over the sum of squared coefficients of standardised covariates, positive; "auto" (default) for either: from a random-intercept model of the
-    outcome, with a coefficient for treatment. cluster_means, interactions : further covariates, as in `cos_features`. bounds : of each unit's weight (design="unit"). cluster_bounds : of each cluster's mean
-    weight. sample_split : share of each weighted arm's clusters, drawn with `seed`, that are set aside to choose icc and lam and get weight 0, so that no outcome in the
-    estimate has a part in the weights. solver : "auto", "structured", "piqp" or "osqp".
+    design : "unit" (default; covariates of units and clusters) or "cluster" (covariates of clusters only, equal weights within a cluster). estimand :
+    "ATT" (controls to treated, default), "ATC" (treated to controls) or "ATO" (both to each other). icc : the share of the residual variance that
+    clusters have in common, 0 to 1; lam : noise over signal, the residual variance over the sum of squared coefficients of standardised covariates,
+    positive; "auto" (default) for either: from a random-intercept model of the outcome, with a coefficient for treatment. cluster_means, interactions
+    : further covariates, as in `cos_features`. bounds : of each unit's weight (design="unit"). cluster_bounds : of each cluster's mean weight.
+    sample_split : share of each weighted arm's clusters, drawn with `seed`, that are set aside to choose icc and lam and get weight 0, so that no
+    outcome in the estimate has a part in the weights. solver : "auto", "structured", "piqp" or "osqp".
     Raises `InputError` if treatment varies within clusters, `EstimationError` for too few clusters, `InfeasibleError` for bounds without room.
     Source: Ben-Michael, Page & Keele (2024), Eq. 6, Eq. 10 (design="cluster") and Eq. 14 (ATO)."""
     _check_design(study, design, icc, lam, bounds, interactions)
@@ -228,33 +245,36 @@ def cos_weights(study: Study, design: str = "unit", *, estimand: str | None = No
     solution = _solution(features, design, made, rows, lam, icc, {"bounds": bounds, "cluster_bounds": cluster_bounds, "solver": solver})
     in_order[rows] = solution.weights if design == "unit" else _spread_evenly(study, rows, solution.weights)
     reason = np.where(aside, "used to choose icc and lam", "").astype(object)
-    params = {"design": design, "estimand": estimand, "icc": float(icc), "lam": float(lam), "cluster_means": cluster_means, "interactions": interactions, "bounds": bounds,
-              "cluster_bounds": cluster_bounds, "sample_split": sample_split, "seed": seed, "solver": solver}
+    params = {"design": design, "estimand": estimand, "icc": float(icc), "lam": float(lam), "cluster_means": cluster_means,
+              "interactions": interactions, "bounds": bounds, "cluster_bounds": cluster_bounds, "sample_split": sample_split,
+              "seed": seed, "solver": solver}
     return Weights(study, "cos", estimand, params, in_order, reason, {"both arms" if len(made) > 1 else made[0].name: solution})
 
 # %% ../nbs/14_cos.ipynb #4c75019b
 def _check_design(study: Study, design, icc, lam, bounds, interactions) -> None:
     if design not in ("unit", "cluster"):
         raise InputError(f"Unknown design {design!r}." + nearest(design, ["unit", "cluster"]))
-    if design == "cluster" and tuple(bounds) != (0, np.inf):
+    if design == "cluster" and bounds not in ((0, np.inf), [0, np.inf]):
         raise InputError("With design='cluster' all units of a cluster get the same weight: give cluster_bounds instead of bounds.")
     if design == "cluster" and interactions:
         raise InputError("interactions are products of covariates of units and of clusters; design='cluster' uses those of clusters only.")
     _check_noise(1.0 if isinstance(lam, str) and lam == "auto" else lam, 0.0 if isinstance(icc, str) and icc == "auto" else icc)
     for name, treated in (("treated", study.n_treated > 0), ("control", study.n_treated == 0)):
         if treated.sum() < 2:
-            raise EstimationError(f"There is only {counted(int(treated.sum()), name + ' cluster')} ({listed(study.labels[treated])}) of {study.n_clusters:,}: what sets one cluster apart cannot be "
+            raise EstimationError(f"There is only {counted(int(treated.sum()), name + ' cluster')} ({listed(study.labels[treated])}) of "
+                                  f"{study.n_clusters:,}: what sets one cluster apart cannot be "
                                   "told from the effect of treatment. At least two are needed in each arm, and a few dozen for a useful interval.")
 
 
 def _features(study: Study, design: str, cluster_means: bool, interactions) -> Study:
     "The study with the covariates that the weights are to balance."
-    full = cos_features(study, cluster_means=cluster_means, interactions=interactions) if cluster_means or interactions else study
+    full = cos_features(study, cluster_means=cluster_means, interactions=interactions) if cluster_means is not False or interactions else study
     if design == "unit":
         return full
     columns = [j for j, name in enumerate(full.names) if name in full.constant_within]
     if not columns:
-        raise InputError("design='cluster' balances covariates of clusters, but all covariates vary within clusters. Say cluster_means=True to use their means.")
+        raise InputError("design='cluster' balances covariates of clusters, but all covariates vary within clusters. Say cluster_means=True to use "
+                         "their means.")
     return full._altered(x=full.x[:, columns], names=tuple(full.names[j] for j in columns))
 
 
@@ -269,7 +289,8 @@ def _set_aside(study: Study, estimand: str, share: float | None, seed: int) -> n
             own = np.flatnonzero((study.n_treated > 0) == treated)
             count = round(share * len(own))
             if not 2 <= count <= len(own) - 2:
-                raise EstimationError(f"sample_split={share:g} sets aside {count} of {len(own)} {'treated' if treated else 'control'} clusters; at least two must be on either side.")
+                raise EstimationError(f"sample_split={share:g} sets aside {count} of {len(own)} {'treated' if treated else 'control'} clusters; at "
+                                      f"least two must be on either side.")
             aside[rng.choice(own, count, replace=False)] = True
     return np.repeat(aside, np.diff(study.starts))
 
@@ -290,14 +311,16 @@ def _standardised(features: Study) -> np.ndarray:
 def _noise_of(features: Study, use: np.ndarray) -> Noise:
     "The random-intercept model among the units of the mask `use` (n,)."
     if features.outcome is None:
-        raise InputError("icc='auto' and lam='auto' read the outcome, and the study has none. Give numbers: the icc is rarely above 0.3, and lam=1 is a common start.")
+        raise InputError("icc='auto' and lam='auto' read the outcome, and the study has none. Give numbers: the icc is rarely above 0.3, and lam=1 "
+                         "is a common start.")
     rows, treat = np.flatnonzero(use), features.treat[use]
     try:
         found = outcome_noise(_standardised(features)[rows], features.outcome[rows], _blocks(features, rows)[0], names=features.names,
                               treat=treat if treat.any() and not treat.all() else None)
     except (InputError, EstimationError) as error:
         k = len(np.unique(features.cluster[rows]))
-        raise EstimationError(f"icc='auto' and lam='auto' fit a random-intercept model to {len(rows):,} outcomes in {counted(k, 'cluster')}, and that failed: "
+        raise EstimationError(f"icc='auto' and lam='auto' fit a random-intercept model to {len(rows):,} outcomes in {counted(k, 'cluster')}, and "
+                              f"that failed: "
                               f"{error} Give icc and lam as numbers, or use fewer covariates.") from None
     if not (np.isfinite(found.lam) and found.lam > 0):
         raise EstimationError(f"lam='auto' finds no signal or no noise in {len(rows):,} outcomes. Give a number.")
@@ -324,7 +347,8 @@ def _spread_evenly(study: Study, rows: np.ndarray, totals: np.ndarray) -> np.nda
 def design_effect(unit: np.ndarray, cluster: np.ndarray, starts: np.ndarray, icc: float, base: np.ndarray | None = None) -> float:
     """d_eff(ρ), by how much weights that differ within clusters spread the variance more than weights that do not.
 
-    unit, cluster : (n,) the two sets of weights of the same units, with the same sum, sorted by cluster. starts : (K + 1,). icc : ρ. base : (n,) sampling weights (default 1).
+    unit, cluster : (n,) the two sets of weights of the same units, with the same sum, sorted by cluster. starts : (K + 1,). icc : ρ. base : (n,)
+    sampling weights (default 1).
     Source: Ben-Michael, Page & Keele (2024), Eq. 11."""
     base = np.ones(len(unit)) if base is None else base
     return _penalty(unit, starts, icc, base) / _penalty(cluster, starts, icc, base)
@@ -341,8 +365,9 @@ _GRID = (0.0, 0.002, 0.03, 0.07, 0.17, 0.31, 0.5, 1.0)
 
 @dataclass(frozen=True, eq=False)
 class CosAdvice:
-    """Whether covariates of units are worth their weight where those of clusters suffice. clusters, units : `Noise` of the model with covariates of clusters, and of both. table : by ρ, the
-    design effect, the variance ratio σ²/s² · d_eff(ρ) and what follows. overlap : by covariate, SMD and how many clusters lie beyond all of the other arm's. arm : which was weighted. own_ratio : the variance ratio with each model's own ICC."""
+    """Whether covariates of units are worth their weight where those of clusters suffice. clusters, units : `Noise` of the model with covariates of
+    clusters, and of both. table : by ρ, the design effect, the variance ratio σ²/s² · d_eff(ρ) and what follows. overlap : by covariate, SMD and how
+    many clusters lie beyond all of the other arm's. arm : which was weighted. own_ratio : the variance ratio with each model's own ICC."""
     arm: str
     clusters: Noise
     units: Noise
@@ -357,15 +382,19 @@ class CosAdvice:
 
     def summary(self) -> Table:
         "The table with what it rests on."
-        return Table(self.table.rename_axis("icc").rename(index=lambda v: f"{v:.3g}" + (" (this study)" if v == self.units.icc else "")), title="Should covariates of units be balanced, too?",
-                     notes=self._notes(), formats={"design effect": ".3f", "variance ratio": ".3f"})
+        frame = self.table.rename_axis("icc").rename(index=lambda v: f"{v:.3g}" + (" (this study)" if v == self.units.icc else ""))
+        return Table(frame, title="Should covariates of units be balanced, too?", notes=self._notes(),
+                     formats={"design effect": ".3f", "variance ratio": ".3f"})
 
     def _notes(self) -> list[str]:
         c, u = self.clusters, self.units
-        return [f"Residual variance with covariates of clusters {c.variance:.4g} (ICC {c.icc:.3f}, lam {c.lam:.3g}), of units as well {u.variance:.4g} (ICC {u.icc:.3f}, lam {u.lam:.3g}): {counted(u.units, 'unit')} in "
+        return [f"Residual variance with covariates of clusters {c.variance:.4g} (ICC {c.icc:.3f}, lam {c.lam:.3g}), of units as well "
+                f"{u.variance:.4g} (ICC {u.icc:.3f}, lam {u.lam:.3g}): {counted(u.units, 'unit')} in "
                 f"{counted(u.clusters, 'cluster')}. The {self.arm} are weighted.",
-                f"Variance ratio: {u.variance:.4g} / {c.variance:.4g} times the design effect; below 1, covariates of units make the estimate more precise. It compares variances only, for "
-                f"covariates that are balanced either way, and takes the ICC of this study as the same in both models; with each model's own it is {self.own_ratio:.3f}.",
+                f"Variance ratio: {u.variance:.4g} / {c.variance:.4g} times the design effect; below 1, covariates of units make the estimate more "
+                f"precise. It compares variances only, for "
+                f"covariates that are balanced either way, and takes the ICC of this study as the same in both models; with each model's own it is "
+                f"{self.own_ratio:.3f}.",
                 "If units could choose their cluster because of its treatment, covariates of units belong in, whatever the ratio."]
 
     def __str__(self) -> str: return str(self.summary())
@@ -377,8 +406,10 @@ class CosAdvice:
 def cos_advice(study: Study, *, estimand: str = "ATT", cluster_means: bool = False, solver: str = "auto") -> CosAdvice:
     """Where it suffices to balance covariates of clusters, does it pay to balance those of units as well? And do the clusters overlap?
 
-    estimand : "ATT" (controls are weighted) or "ATC". cluster_means, solver : as in `cos_weights`. Weights are computed for each value of ρ by both designs, at the
-    same lam, the smaller of the two models': else one would be charged for balance that the other does not buy. The study needs an outcome and covariates of both kinds. Source: Ben-Michael, Page & Keele (2024), section 3.4."""
+    estimand : "ATT" (controls are weighted) or "ATC". cluster_means, solver : as in `cos_weights`. Weights are computed for each value of ρ by both
+    designs, at the lam of the model with all covariates: at lams of their own, one would be charged for balance that the other does not buy. The
+    study needs an outcome and covariates of both kinds.
+    Source: Ben-Michael, Page & Keele (2024), section 3.4."""
     if estimand not in ("ATT", "ATC"):
         raise InputError("cos_advice weights one arm: estimand='ATT' or 'ATC'.")
     options = {"estimand": estimand, "cluster_means": cluster_means, "solver": solver}
@@ -388,7 +419,7 @@ def cos_advice(study: Study, *, estimand: str = "ATT", cluster_means: bool = Fal
     if len(study.constant_within) == len(study.names):
         raise InputError("All covariates are those of clusters: there are none of units to decide about.")
     s, starts = study.sampling_weights[arm.rows], _blocks(study, arm.rows)[0]
-    def found(design, icc): return cos_weights(study, design, icc=icc, lam=min(c.lam, u.lam), **options).in_order[arm.rows]
+    def found(design, icc): return cos_weights(study, design, icc=icc, lam=u.lam, **options).in_order[arm.rows]
     rows = {}
     for icc in sorted({*_GRID, u.icc}):
         effect = design_effect(found("unit", icc), found("cluster", icc), starts, icc, s)
@@ -412,7 +443,8 @@ def _cluster_overlap(study: Study) -> pd.DataFrame:
 # %% ../nbs/14_cos.ipynb #90cf12b4
 @patch
 def plot(self: CosAdvice, ax=None):
-    "The variance ratio over the intraclass correlation, with the ranges found in health and education; below 1, covariates of units pay. Returns the Axes."
+    """The variance ratio over the intraclass correlation, with the ranges found in health and education; below 1, covariates of units pay. Returns
+    the Axes."""
     if ax is None:
         import matplotlib.pyplot as plt
         _, ax = plt.subplots(figsize=(6.5, 3.8), layout="constrained")
@@ -422,7 +454,8 @@ def plot(self: CosAdvice, ax=None):
     ax.axhline(1, color="black", linestyle="--", linewidth=1)
     ax.plot(ratio.index, ratio, "-", color="black", linewidth=1.2)
     ax.plot([self.units.icc], [ratio.loc[self.units.icc]], "o", color="black", label=f"this study: {self.units.icc:.3f}")
-    ax.set(xlabel="intraclass correlation of the residuals", ylabel="variance ratio", xlim=(-0.01, 1.01), title="Below 1: balance covariates of units as well")
+    ax.set(xlabel="intraclass correlation of the residuals", ylabel="variance ratio", xlim=(-0.01, 1.01), title="Below 1: balance covariates of "
+                                                                                                                "units as well")
     ax.title.set_fontsize("medium")
     ax.legend(fontsize="small")
     ax.spines[["top", "right"]].set_visible(False)
@@ -430,7 +463,8 @@ def plot(self: CosAdvice, ax=None):
 
 
 def plot_arm_means(weights: Weights, ax=None):
-    """Covariate means of both arms before and after weighting, in overall standard deviations from the overall mean: whom do the weights make of each arm? Returns the Axes.
+    """Covariate means of both arms before and after weighting, in overall standard deviations from the overall mean: whom do the weights make of each
+    arm? Returns the Axes.
 
     Source: Ben-Michael, Page & Keele (2024), Figure 3."""
     study, s = weights.study, weights.study.sampling_weights
@@ -439,7 +473,8 @@ def plot_arm_means(weights: Weights, ax=None):
     for arm, marker, shift in (("treated", "s", -0.12), ("controls", "o", 0.12)):
         mask = group_mask(study, arm)
         raw, weighted = ((np.average(study.x[mask], axis=0, weights=w[mask]) - centre) / spread for w in (s, weights.in_order))
-        ax = interval_plot(study.names, raw, np.minimum(raw, weighted), np.maximum(raw, weighted), ax=ax, label=f"{arm}, all", filled=False, marker=marker, shift=shift)
+        between = np.minimum(raw, weighted), np.maximum(raw, weighted)
+        ax = interval_plot(study.names, raw, *between, ax=ax, label=f"{arm}, all", filled=False, marker=marker, shift=shift)
         interval_plot(study.names, weighted, ax=ax, label=f"{arm}, weighted", marker=marker, shift=shift, reference=None)
     ax.set_xlabel("standard deviations from the overall mean")
     ax.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -447,9 +482,11 @@ def plot_arm_means(weights: Weights, ax=None):
 
 
 def plot_clusters(weights: Weights, ax=None):
-    """Each cluster on the line along which the arms' clusters differ most; rings: its size, dots: the weight it carries, both as areas and in shares of its arm. Returns the Axes.
+    """Each cluster on the line along which the arms' clusters differ most; rings: its size, dots: the weight it carries, both as areas and in shares
+    of its arm. Returns the Axes.
 
-    The line is a linear discriminant of the clusters' means, shrunk so that it exists with few clusters, in standard deviations of clusters within arms."""
+    The line is a linear discriminant of the clusters' means, shrunk so that it exists with few clusters, in standard deviations of clusters within
+    arms."""
     if ax is None:
         import matplotlib.pyplot as plt
         _, ax = plt.subplots(figsize=(8, 3.4), layout="constrained")

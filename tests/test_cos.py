@@ -73,7 +73,8 @@ def test_other_solvers_agree(balancer, solver):
 @pytest.fixture(scope="module")
 def catholic():
     data = load_hsb()
-    data = data.assign(catholic=(data["sector"] == "Catholic").astype(int), female=(data["sex"] == "Female").astype(int), minority=(data["minority"] == "Yes").astype(int))
+    data = data.assign(catholic=(data["sector"] == "Catholic").astype(int), female=(data["sex"] == "Female").astype(int),
+                       minority=(data["minority"] == "Yes").astype(int))
     for name in ("ses", "minority", "female"):
         data[f"{name}_mean"] = data.groupby("school")[name].transform("mean")
     data = data[(data["female_mean"] > 0.30) & (data["female_mean"] < 0.75)].reset_index(drop=True)
@@ -97,7 +98,8 @@ def test_the_published_analysis_from_the_shipped_data(catholic, estimand, which,
     weighted = (catholic["catholic"] == 0) | (estimand == "ATO")
     assert_allclose(w.weights[weighted], exact[column][weighted], atol=1e-6)
     effect = w.estimate(outcome_model="none")
-    assert_allclose([effect.estimate, effect.std_error, effect.df], [COS[which]["estimate"], COS[which]["CR2"]["se"], COS[which]["CR2"]["df_satt"]], rtol=1e-5)
+    assert_allclose([effect.estimate, effect.std_error, effect.df], [COS[which]["estimate"], COS[which]["CR2"]["se"], COS[which]["CR2"]["df_satt"]],
+                    rtol=1e-5)
 
 
 # --- definitions --------------------------------------------------------------------------------------------------
@@ -110,12 +112,14 @@ def schools(k=30, seed=0, weighted=False):
     late = size + rng.normal(size=k) > 0
     age, female = rng.normal(size=len(school)) + 0.5 * size[school], (rng.random(len(school)) < 0.5).astype(int)
     score = 0.6 * age + 0.5 * size[school] + 0.4 * rng.normal(size=k)[school] + rng.normal(size=len(school)) + 0.5 * late[school]
-    return pd.DataFrame({"school": school, "late": late[school].astype(int), "age": age, "female": female, "size": size[school], "urban": urban[school],
+    return pd.DataFrame({"school": school, "late": late[school].astype(int), "age": age, "female": female, "size": size[school],
+                         "urban": urban[school],
                          "score": score, "people": rng.uniform(0.5, 3, len(school)) if weighted else 1.0})
 
 
 def study(frame=None, **changes):
-    return Study(schools() if frame is None else frame, **({"treat": "late", "outcome": "score", "cluster": "school", "covs": ["age", "female", "size", "urban"]} | changes))
+    return Study(schools() if frame is None else frame,
+                 **({"treat": "late", "outcome": "score", "cluster": "school", "covs": ["age", "female", "size", "urban"]} | changes))
 
 
 def test_without_correlation_clusters_do_not_matter():
@@ -163,7 +167,8 @@ def test_clusters_as_rows_are_equation_ten():
 def test_unit_weights_with_covariates_of_clusters_only_are_cluster_weights():
     s = study(covs=["size", "urban"])
     for estimand in ("ATT", "ATC", "ATO"):
-        assert_allclose(cos_weights(s, icc=0.1, lam=1.0, estimand=estimand).in_order, cos_weights(s, "cluster", icc=0.1, lam=1.0, estimand=estimand).in_order, atol=1e-9)
+        assert_allclose(cos_weights(s, icc=0.1, lam=1.0, estimand=estimand).in_order,
+                        cos_weights(s, "cluster", icc=0.1, lam=1.0, estimand=estimand).in_order, atol=1e-9)
 
 
 def test_atc_is_the_att_of_the_mirrored_study():
@@ -232,6 +237,18 @@ def test_bounds_hold_and_are_named():
             assert w.solution.certificate.ok
 
 
+def test_a_lower_bound_on_clusters_alone_leaves_one_of_them_all_the_rest():
+    sizes = np.array([4, 5, 3])
+    x, starts = np.repeat([[0.0], [1.0], [5.0]], sizes, axis=0), np.r_[0, np.cumsum(sizes)]
+    units = solve_cos(x, starts, np.array([4.9]), 12.0, 0.01, 0.2, cluster_bounds=(0.3, np.inf))
+    rows = solve_cos(x[starts[:-1]], np.arange(4), np.array([4.9]), 12.0, 0.01, 0.2, cluster_bounds=(0.3, np.inf), base=sizes.astype(float))
+    totals = cluster_sums(units.weights, starts)
+    assert_allclose(totals, rows.weights, atol=1e-7)
+    assert_allclose(totals, [1.2, 1.5, 12 - 2.7], atol=1e-7)
+    with pytest.raises(InputError, match="finite lower bound"):
+        solve_cos(x, starts, np.array([4.9]), 12.0, 0.01, 0.2, bounds=(-np.inf, np.inf), cluster_bounds=(-np.inf, 3))
+
+
 def test_what_cannot_be_done_is_refused():
     frame, s = schools(), study()
     broken = frame.assign(late=np.where(np.arange(len(frame)) == 3, 1 - frame["late"], frame["late"]))
@@ -252,9 +269,14 @@ def test_what_cannot_be_done_is_refused():
         cos_weights(s, icc=0.1, lam=1.0, cluster_bounds=(30, 40))
     with pytest.raises(InfeasibleError, match="contradict each other"):
         cos_weights(s, icc=0.1, lam=1.0, bounds=(0, 3), cluster_bounds=(4, 5))
-    for options, words in (({"icc": 1.2}, "icc=1.2"), ({"icc": "auo"}, "icc='auo'"), ({"lam": 0}, "lam=0"), ({"lam": True}, "lam=True"), ({"design": "units"}, "Did you mean 'unit'"),
-                           ({"cluster_bounds": 3}, "must be two numbers"), ({"cluster_bounds": (3, 1)}, "must not exceed"), ({"bounds": (-1, 2)}, "extrapolate"),
-                           ({"interactions": [("age", "female")]}, "no pair"), ({"interactions": ["size"]}, "no pair"), ({"design": "cluster", "interactions": True}, "clusters only"),
+    for options, words in (({"icc": 1.2}, "icc=1.2"), ({"icc": "auo"}, "icc='auo'"), ({"lam": 0}, "lam=0"), ({"lam": True}, "lam=True"),
+                           ({"design": "units"}, "Did you mean 'unit'"),
+                           ({"cluster_bounds": 3}, "must be two numbers"), ({"cluster_bounds": (3, 1)}, "must not exceed"),
+                           ({"bounds": (-1, 2)}, "extrapolate"),
+                           ({"interactions": [("age", "female")]}, "no pair"), ({"interactions": ["size"]}, "no pair"),
+                           ({"interactions": "age:size"}, "interactions='age:size' is no pair"), ({"interactions": 5}, "no pair"),
+                           ({"cluster_means": "yes"}, "True or False"), ({"design": "cluster", "bounds": 5}, "cluster_bounds instead"),
+                           ({"design": "cluster", "interactions": True}, "clusters only"),
                            ({"estimand": "ATE"}, "offers 'ATT', 'ATC' and 'ATO'")):
         with pytest.raises(InputError, match=words):
             cos_weights(s, **options)
@@ -266,7 +288,8 @@ def test_what_cannot_be_done_is_refused():
 
 # --- options and invariances --------------------------------------------------------------------------------------
 
-OTHER = {"design": "cluster", "estimand": "ATC", "icc": 0.9, "lam": 50.0, "cluster_means": True, "interactions": [("age", "size")], "bounds": (0.2, 3), "cluster_bounds": (0.3, 2.0),
+OTHER = {"design": "cluster", "estimand": "ATC", "icc": 0.9, "lam": 50.0, "cluster_means": True, "interactions": [("age", "size")],
+         "bounds": (0.2, 3), "cluster_bounds": (0.3, 2.0),
          "sample_split": 0.3, "seed": 1, "solver": "osqp"}
 
 
@@ -281,13 +304,15 @@ def test_every_option_changes_the_result(option):
     assert set(after.params) == set(METHODS["cos"].options)
 
 
-@pytest.mark.parametrize("options", [{}, {"design": "cluster"}, {"estimand": "ATO"}, {"cluster_means": True, "interactions": True, "lam": 1.0, "icc": 0.1}])
+@pytest.mark.parametrize("options", [{}, {"design": "cluster"}, {"estimand": "ATO"},
+                                     {"cluster_means": True, "interactions": True, "lam": 1.0, "icc": 0.1}])
 def test_what_must_not_matter(options):
     frame = schools()
     base, order = cos_weights(study(frame), **options).weights, np.random.default_rng(1).permutation(len(frame))
     renamed = frame.assign(school=[f"school {997 * s % 31}" for s in frame["school"]])
     changed = {"order of rows": (frame.iloc[order], base[order]), "cluster labels": (renamed, base),
-               "scale and shift": (frame.assign(age=1e-5 * frame["age"] + 40, size=-1e6 * frame["size"]), base), "units of the outcome": (frame.assign(score=10 * frame["score"] + 500), base)}
+               "scale and shift": (frame.assign(age=1e-5 * frame["age"] + 40, size=-1e6 * frame["size"]), base),
+               "units of the outcome": (frame.assign(score=10 * frame["score"] + 500), base)}
     for what, (data, expected) in changed.items():
         assert_allclose(cos_weights(study(data), **options).weights, expected, atol=1e-7, err_msg=what)
 
@@ -310,11 +335,13 @@ def test_refit_copies_and_bootstrap():
 def test_features_are_balanced_and_judged():
     s = study()
     more = cos_features(s, interactions=True)
-    assert more.names == (*s.names, "mean of age", "mean of female", *(f"{u}:{c}" for u in ("age", "female") for c in ("size", "urban", "mean of age", "mean of female")))
+    assert more.names == (*s.names, "mean of age", "mean of female",
+                          *(f"{u}:{c}" for u in ("age", "female") for c in ("size", "urban", "mean of age", "mean of female")))
     assert_allclose(more.x[:, 4], (cluster_sums(s.x[:, 0], s.starts) / np.diff(s.starts))[s.cluster])
     z = (s.x - s.x.mean(0)) / s.x.std(0)
     assert_allclose(more.x[:, 6], z[:, 0] * z[:, 2])
-    without, with_them = (cos_weights(s, icc=0.02, lam=1e-2, estimand="ATO", **o).weights for o in ({}, {"cluster_means": True, "interactions": True}))
+    without, with_them = (cos_weights(s, icc=0.02, lam=1e-2, estimand="ATO", **o).weights
+                          for o in ({}, {"cluster_means": True, "interactions": True}))
     left = [cw.balance_of(more, w).table["SMD, weighted"].abs().max() for w in (without, with_them)]
     assert left[1] < 0.5 * left[0]
 
@@ -334,14 +361,15 @@ def test_advice_follows_the_rule():
     sigma, without = (fit.between + fit.within for fit in fits)
     assert_allclose([advice.units.variance, advice.clusters.variance, advice.units.icc], [sigma, without, fits[0].icc], rtol=1e-10)
     assert_allclose(advice.table["variance ratio"], sigma / without * advice.table["design effect"])
-    assert advice.include_units and (advice.table["variance ratio"] < 1).all() and advice.include_units == (advice.table.loc[advice.units.icc, "covariates of units"] == "worth it")
+    assert advice.include_units and (advice.table["variance ratio"] < 1).all() and (advice.table["covariates of units"] == "worth it").all()
     beyond = ((s.x[s.treat, 2] > s.x[~s.treat, 2].max()) | (s.x[s.treat, 2] < s.x[~s.treat, 2].min()))
     count = len(np.unique(s.cluster[s.treat][beyond]))
     assert advice.overlap.loc["size", "treated clusters beyond"] == f"{count} of {(s.n_treated > 0).sum()}"
     assert "this study" in str(advice) and "whatever the ratio" in advice._repr_html_()
     noise = schools().assign(score=np.random.default_rng(2).normal(size=len(schools())) + schools()["size"])
     assert cos_advice(study(noise)).table["variance ratio"].max() > 0.95
-    for bad, words in ((study(covs=["size", "urban"]), "none of units"), (study(outcome=None), "has none"), (study(covs=["age"]), "cluster_means=True")):
+    for bad, words in ((study(covs=["size", "urban"]), "none of units"), (study(outcome=None), "has none"),
+                       (study(covs=["age"]), "cluster_means=True")):
         with pytest.raises(InputError, match=words):
             cos_advice(bad)
     with pytest.raises(InputError, match="one arm"):
@@ -387,3 +415,30 @@ def test_other_methods_still_say_who_can():
         cw.hierarchical_weights(unit_level, estimand="ATO")
     assert "COS" not in str(error.value)
     assert balancing_weights(study(), tolerance="auto").solution.certificate.ok
+
+
+# --- simulation and size ------------------------------------------------------------------------------------------
+
+
+def test_order_of_the_published_simulation():
+    from clusterweights.simulate import summer_school_data
+    covs = ["reading", "math", "black", "hispanic", "female", "free_lunch", "ell", "novice", "attendance", "turnover", "reading_proficient",
+            "math_proficient", "minority", "enrolment"]
+    def errors(seed, overlap):
+        s = Study(summer_school_data(seed, overlap=overlap), treat="treat", outcome="outcome", cluster="cluster", covs=covs)
+        made = cw.unadjusted_weights(s), cos_weights(s), cos_weights(s, estimand="ATO")
+        return [np.average(s.outcome[s.treat], weights=w.in_order[s.treat]) - np.average(s.outcome[~s.treat], weights=w.in_order[~s.treat]) - 0.3
+                for w in made]
+    poor, good = (np.abs(np.mean([errors(seed, c) for seed in range(30)], axis=0)) for c in (1.0, 7.5))
+    assert poor[0] > 0.3 and poor[0] > poor[1] > poor[2] and poor[1] < 0.06 and poor[2] < 0.02
+    assert (good[1:] < 0.012).all()
+
+
+@pytest.mark.parametrize("icc", [0.0, 0.016, 0.2, 1.0])
+def test_many_clusters_are_solved_and_certified(icc):
+    rng = np.random.default_rng(3)
+    sizes = rng.integers(5, 60, 400)
+    x = rng.normal(size=(sizes.sum(), 10)) + 0.5 * np.repeat(rng.normal(size=(400, 10)), sizes, axis=0)
+    found = solve_cos(x, np.r_[0, np.cumsum(sizes)], np.full(10, 0.2), 3000.0, 1.2, icc, solver="structured")
+    assert found.certificate.ok and found.weights.min() >= 0
+    assert_allclose(found.weights.sum(), 3000, rtol=1e-10)
