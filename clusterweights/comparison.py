@@ -648,6 +648,7 @@ def _whom_section(c: Comparison) -> str:
 # %% ../nbs/20_comparison.ipynb #5152a434
 _OUTCOME_MODELS = {"none": "without an outcome model", "covariates": "with the outcome modelled by the covariates",
                    "covariates and clusters": "with the outcome modelled by the covariates and a level for each cluster",
+                   "cluster covariates": "with the outcome modelled by the covariates of clusters",
                    "covariates and cluster means": "with the outcome modelled by the covariates and their means in the cluster",
                    "covariates, cluster means and clusters": "with the outcome modelled by the covariates, their means in the cluster and a level for each cluster"}
 

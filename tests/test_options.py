@@ -48,7 +48,7 @@ def study(frame, **changes):
 
 
 @pytest.mark.filterwarnings("ignore::clusterweights.core.DroppedUnitsWarning")
-@pytest.mark.parametrize("name, option", [(n, o) for n, m in METHODS.items() if m.units for o in m.options])
+@pytest.mark.parametrize("name, option", [(n, o) for n, m in METHODS.items() if "unit" in m.levels for o in m.options])
 def test_every_option_changes_the_result(frame, name, option):
     value, effect = OTHER[option]
     method, others = METHODS[name].function, TOGETHER_WITH.get(option, {})
@@ -57,7 +57,7 @@ def test_every_option_changes_the_result(frame, name, option):
     assert np.max(np.abs(np.subtract(after, before, dtype=float))) > 1e-6
 
 
-@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if m.units])
+@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if "unit" in m.levels])
 def test_what_must_not_matter(frame, name):
     method = METHODS[name].function
     base = method(study(frame)).weights

@@ -72,7 +72,7 @@ def test_every_method_and_report_takes_a_drawn_study():
              study().resample_units(np.repeat(np.arange(0, 60, 12), 12) + np.random.default_rng(0).integers(12, size=60))]
     for s in drawn:
         assert f"{s.n} units" in repr(s) and "60" in str(s.describe())
-        for method in (m for m in METHODS.values() if m.units):
+        for method in (m for m in METHODS.values() if "unit" in m.levels):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ClusterWeightsWarning)
                 w = method.function(s)
