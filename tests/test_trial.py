@@ -1,0 +1,246 @@
+"""Cluster-randomised designs against R's numbers for the EGAP guide, exact enumeration and brute force."""
+
+import json
+import pickle
+from itertools import combinations, product
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+import clusterweights as cw
+from clusterweights.trial import (Trial, design_effect, effective_n, intracluster_correlation, randomisation_test, sampling_distribution,
+                                  trial_effect)
+
+EGAP = Path(__file__).parent / "reference" / "egap"
+EXPECTED = json.loads((EGAP / "expected.json").read_text())
+ESTIMATR = json.loads((EGAP / "estimatr.json").read_text())
+
+
+def load(name):
+    return pd.read_csv(EGAP / f"{name}.csv.gz")
+
+
+def starts_of(codes):
+    return np.r_[0, np.flatnonzero(np.diff(codes)) + 1, len(codes)]
+
+
+def as_trial(frame, cluster="j", **more):
+    return Trial(frame["Y"], frame["Z"], starts_of(frame[cluster]), **more)
+
+
+@pytest.fixture(scope="module")
+def pretend():
+    return load("pretend_data")
+
+
+@pytest.fixture(scope="module")
+def firms():
+    return load("firms")
+
+
+def uneven(seed, block=None, treated=None, clusters=8):
+    "A small trial of unequal clusters, two treated in each block."
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(2, 9, clusters)
+    block = np.zeros(clusters, int) if block is None else np.asarray(block)
+    z = np.zeros(clusters, bool)
+    for b in np.unique(block):
+        z[rng.permutation(np.flatnonzero(block == b))[:2 if treated is None else treated]] = True
+    y = np.repeat(rng.normal(size=clusters), sizes) + rng.normal(size=sizes.sum())
+    return Trial(y, np.repeat(z, sizes), np.r_[0, np.cumsum(sizes)], np.repeat(block, sizes))
+
+
+def every_assignment(block, drawn):
+    "By brute force: each way to draw `drawn[b]` clusters of each block."
+    ways = [combinations(np.flatnonzero(block == b), k) for b, k in enumerate(drawn)]
+    for picks in product(*ways):
+        yield np.isin(np.arange(len(block)), np.concatenate(picks))
+
+
+# --- parts 1 to 3 ------------------------------------------------------------------------------------------------
+
+
+def test_design_effect():
+    want = EXPECTED["design_effect"]
+    assert design_effect(np.full(10, 20), 0.5) == pytest.approx(want["deff"], abs=1e-12)
+    assert effective_n(np.full(10, 20), 0.5) == pytest.approx(want["effective_n"], abs=1e-6)
+    sizes = np.array([3, 9, 20])                                    # the variance of a mean by its definition
+    rho, cov = 0.3, np.zeros((32, 32))
+    cluster = np.repeat(np.arange(3), sizes)
+    cov = np.where(cluster[:, None] == cluster, rho, 0) + (1 - rho) * np.eye(32)
+    assert design_effect(sizes, rho) == pytest.approx(cov.mean() * 32, abs=1e-12)
+
+
+def test_true_standard_error(pretend):
+    found = sampling_distribution(pretend["Y1"], pretend["Y0"], starts_of(pretend["j"]), 5)
+    want = EXPECTED["pretend"]
+    assert found.enumerated and len(found.values) == want["n_assignments"]
+    assert found.std_error == pytest.approx(want["true_SE_population_denominator"], abs=1e-6)
+    assert found.values.std(ddof=1) == pytest.approx(want["true_SE"], abs=1e-6)
+    four = load("J_4_clusters")
+    exact = sampling_distribution(four["Y1"], four["Y0"], starts_of(four["j"]), 2)
+    assert exact.values.std(ddof=1) == pytest.approx(EXPECTED["compare_SE"]["J4_exact"], abs=1e-6)
+    thirty = load("J_30_clusters")
+    drawn = sampling_distribution(thirty["Y1"], thirty["Y0"], starts_of(thirty["j"]), 15, draws=20_000)
+    assert not drawn.enumerated                                     # R drew 5,000: a spread has the error se/sqrt(2R)
+    assert drawn.std_error == pytest.approx(0.161, abs=4 * 0.161 / np.sqrt(2 * 5000) + 0.0005)
+
+
+def test_standard_errors(pretend):
+    trial, want = as_trial(pretend), EXPECTED["pretend"]
+    iid = trial_effect(trial, vcov="iid")
+    assert iid.estimate == pytest.approx(want["ATE"], abs=1e-6)
+    assert iid.std_error == pytest.approx(want["IID_SE"], abs=1e-6)
+    stata = np.sqrt(999 / 998)                                      # the guide's small-sample factor beyond CR1's J / (J − 1)
+    assert trial_effect(trial, vcov="CR1").std_error * stata == pytest.approx(want["RCSE"], abs=1e-6)
+    for kind, key in (("CR0", "lm_robust_CR0"), ("CR2", "lm_robust_CR2"), ("neyman", "difference_in_means_clustered")):
+        assert trial_effect(trial, vcov=kind).std_error == pytest.approx(ESTIMATR[key]["se"], abs=1e-6)
+    cr2 = trial_effect(trial)
+    assert (cr2.df, cr2.p_value) == pytest.approx((ESTIMATR["lm_robust_CR2"]["df"], ESTIMATR["lm_robust_CR2"]["p"]), abs=1e-6)
+    assert cr2.conf_int() == pytest.approx(ESTIMATR["lm_robust_CR2"]["ci"], abs=1e-6)
+
+
+def test_hansen_bowers_totals(pretend):
+    trial, want = as_trial(pretend), EXPECTED["hansen_bowers"]
+    normal = trial_effect(trial, "horvitz_thompson", vcov="null")
+    assert (normal.estimate, normal.std_error, normal.p_value) == pytest.approx((want["cluster_level_ATE"], want["normal_se"], want["normal_p"]), abs=1e-6)
+    test = randomisation_test(trial, "horvitz_thompson")
+    assert test.enumerated and test.std_error == pytest.approx(want["normal_se"], abs=1e-9)     # the formula is the exact spread
+    assert test.std_error == pytest.approx(want["perm_se_10000"], abs=4 * test.std_error / np.sqrt(2 * 10_000))
+    # the guide's p doubles the smaller tail; its Monte Carlo error is doubled with it
+    one_tail = np.mean(test.values >= test.observed * (1 - 1e-12))
+    assert 2 * one_tail == pytest.approx(want["perm_p_10000"], abs=4 * 2 * np.sqrt(one_tail * (1 - one_tail) / 10_000))
+
+
+@pytest.mark.parametrize("block", [None, [0, 0, 0, 0, 1, 1, 1, 1], [0, 1, 0, 1, 0, 1, 1, 1]])
+def test_null_variance_is_the_spread_over_all_assignments(block):
+    trial = uneven(1, block)
+    assert trial_effect(trial, "horvitz_thompson", vcov="null").std_error == pytest.approx(randomisation_test(trial, "horvitz_thompson").std_error, abs=1e-12)
+
+
+def by_hand(z, y, starts, block, name):
+    "The estimators unit by unit."
+    unit_z, unit_block = np.repeat(z, np.diff(starts)), np.repeat(block, np.diff(starts))
+    pi = np.array([z[block == b].mean() for b in range(block.max() + 1)])[unit_block]
+    w = np.where(unit_z, 1 / pi, 1 / (1 - pi))
+    if name == "horvitz_thompson":
+        return ((w * y)[unit_z].sum() - (w * y)[~unit_z].sum()) / len(y)
+    if name == "hajek":
+        return np.average(y[unit_z], weights=w[unit_z]) - np.average(y[~unit_z], weights=w[~unit_z])
+    return sum((y[unit_z & (unit_block == b)].mean() - y[~unit_z & (unit_block == b)].mean()) * (unit_block == b).mean() for b in range(block.max() + 1))
+
+
+@pytest.mark.parametrize("block", [None, [0, 0, 0, 0, 1, 1, 1, 1], [0, 1, 0, 1, 0, 1, 1, 1]])
+@pytest.mark.parametrize("name", ["difference", "hajek", "horvitz_thompson"])
+@pytest.mark.parametrize("null", [0.0, 0.7])
+def test_randomisation_by_brute_force(block, name, null):
+    trial = uneven(2, block)
+    y = trial.y - null * trial.treat
+    values = np.array([by_hand(z, y, trial.starts, trial.block, name) for z in every_assignment(trial.block, trial.drawn)])
+    observed = by_hand(trial.treated, y, trial.starts, trial.block, name)
+    test = randomisation_test(trial, name, null=null)
+    assert test.enumerated and len(values) == trial.assignments
+    np.testing.assert_allclose(np.sort(test.values), np.sort(values), atol=1e-12)
+    assert test.observed == pytest.approx(observed, abs=1e-12)
+    assert test.p_value == np.mean(np.abs(values) >= abs(observed) - 1e-10)
+    drawn = randomisation_test(trial, name, null=null, draws=17)
+    assert not drawn.enumerated and 1 / 18 <= drawn.p_value <= 1
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("draws", [9999, 60])
+def test_interval_inverts_the_test(seed, draws):
+    trial = uneven(seed, None if seed % 2 else [0, 1, 0, 1, 0, 1, 1, 1], clusters=8)
+    level = 0.8
+    low, high = randomisation_test(trial, draws=draws).conf_int(level)
+    def rejects(null): return randomisation_test(trial, null=null, draws=draws).p_value <= 1 - level + 1e-12
+    assert rejects(low - 1e-6) and rejects(high + 1e-6) and not rejects(low + 1e-6) and not rejects(high - 1e-6)
+    assert randomisation_test(trial, draws=draws).conf_int(0.5)[1] <= high
+
+
+def test_any_statistic():
+    trial = uneven(3)
+    def named(z, y, starts):
+        return np.array([by_hand(row, y, starts, trial.block, "difference") for row in z])
+    own, built_in = randomisation_test(trial, named, null=0.3), randomisation_test(trial, null=0.3)
+    assert own.p_value == built_in.p_value and own.statistic == "named"
+    with pytest.raises(cw.InputError, match="grid"):
+        own.conf_int()
+    with pytest.raises(cw.InputError, match="one number for each row"):
+        randomisation_test(trial, lambda z, y, starts: np.zeros((len(z), 3)))
+    with pytest.raises(cw.EstimationError, match="not finite"):
+        randomisation_test(trial, lambda z, y, starts: np.full(len(z), np.nan))
+
+
+def test_four_clusters_cannot_reject():
+    four = randomisation_test(as_trial(load("J_4_clusters")))
+    assert four.smallest_p == pytest.approx(1 / 3, abs=1e-12) and four.conf_int() == (-np.inf, np.inf)
+    assert "5% cannot reject" in str(four)
+    assert "cannot reject" not in str(randomisation_test(uneven(1)))
+
+
+def test_icc():
+    d, want = load("J_30_clusters"), EXPECTED["multilevel_J30"]
+    y, starts, z = d["Y"].to_numpy(), starts_of(d["j"]), d["Z"].to_numpy()
+    for method in ("anova", "reml"):
+        found = intracluster_correlation(y, starts, treat=z, method=method)
+        assert found.estimate == pytest.approx(want["icc"], abs=1e-6)
+        assert 0 < found.low < found.estimate < found.high < 0.3
+    f = stats.f_oneway(*[c for c in (y - np.where(z, y[z == 1].mean(), y[z == 0].mean())).reshape(30, 100)]).statistic * 29 / 28
+    low = (f / stats.f.ppf(0.975, 28, 2970) - 1) / (f / stats.f.ppf(0.975, 28, 2970) + 99)
+    assert intracluster_correlation(y, starts, treat=z).low == pytest.approx(low, abs=1e-10)
+    noise = np.random.default_rng(1).normal(size=3000)
+    assert intracluster_correlation(noise - np.repeat(noise.reshape(30, 100).mean(1), 100), starts, method="reml").low == 0
+    with pytest.raises(cw.EstimationError):
+        intracluster_correlation(y, np.arange(len(y) + 1))
+
+
+def test_speed():
+    rng = np.random.default_rng(0)
+    trial = Trial(rng.normal(size=100_000), np.arange(100_000) < 50_000, np.arange(1001) * 100)
+    begin = perf_counter()
+    randomisation_test(trial, draws=10_000)
+    assert perf_counter() - begin < 3
+
+
+# --- what is refused ---------------------------------------------------------------------------------------------
+
+
+def test_refusals():
+    trial = uneven(1)
+    n = len(trial.y)
+    with pytest.raises(cw.InputError, match="treatment varies within clusters, in"):
+        Trial(trial.y, np.arange(n) % 2, trial.starts)
+    with pytest.raises(cw.InputError, match="units of more than one block are found in"):
+        Trial(trial.y, trial.treat, trial.starts, np.arange(n) // (n // 2))
+    with pytest.raises(cw.InputError, match="one arm only"):
+        Trial(trial.y, trial.treat, trial.starts, trial.treat)
+    with pytest.raises(cw.InputError, match="same treatment"):
+        Trial(trial.y, np.ones(n), trial.starts)
+    with pytest.raises(cw.InputError, match="y must be finite"):
+        Trial(np.full(n, np.nan), trial.treat, trial.starts)
+    with pytest.raises(cw.InputError, match="no outcome"):
+        randomisation_test(Trial(None, trial.treat, trial.starts))
+    with pytest.raises(cw.InputError, match="of another size"):
+        trial_effect(uneven(1, [0, 0, 0, 0, 1, 1, 1, 1]), vcov="pairs")
+    with pytest.raises(cw.EstimationError, match="single cluster in an arm"):
+        trial_effect(uneven(1, [0, 0, 0, 1, 1, 1, 1, 1]))
+    for bad in (dict(statistic="diffrence"), dict(draws=0), dict(null=np.nan)):
+        with pytest.raises(cw.InputError):
+            randomisation_test(trial, **bad)
+    with pytest.raises(cw.InputError, match="at least one treated"):
+        sampling_distribution(trial.y, trial.y, trial.starts, 8)
+
+
+def test_from_a_study():
+    frame = pd.DataFrame({"village": list("cacbbdda"), "z": [1, 0, 1, 1, 1, 0, 0, 0], "y": np.arange(8.0), "age": [3, 1, 4, 1, 5, 9, 2, 6], "region": list("nnnssssn")})
+    study = cw.Study(frame, treat="z", cluster="village", covs="age", outcome="y")
+    trial = Trial.from_study(study, block=frame["region"])
+    assert list(trial.labels) == list("abcd") and trial.treated.tolist() == [False, True, True, False] and trial.paired
+    assert trial.totals.tolist() == [8, 7, 2, 11] and trial.assignments == 4
+    assert pickle.loads(pickle.dumps(trial)).assignments == 4
+    assert trial.with_outcome(trial.x[:, 0]).totals.tolist() == [7, 6, 7, 11]
