@@ -12,8 +12,8 @@ import pytest
 from scipy import stats
 
 import clusterweights as cw
-from clusterweights.trial import (Trial, design_effect, effective_n, intracluster_correlation, randomisation_test, sampling_distribution,
-                                  trial_effect)
+from clusterweights.trial import (Trial, design_effect, effective_n, intracluster_correlation, power_grid, randomisation_test,
+                                  sampling_distribution, simulate_power, simulate_trial, trial_effect)
 
 EGAP = Path(__file__).parent / "reference" / "egap"
 EXPECTED = json.loads((EGAP / "expected.json").read_text())
@@ -244,3 +244,131 @@ def test_from_a_study():
     assert trial.totals.tolist() == [8, 7, 2, 11] and trial.assignments == 4
     assert pickle.loads(pickle.dumps(trial)).assignments == 4
     assert trial.with_outcome(trial.x[:, 0]).totals.tolist() == [7, 6, 7, 11]
+
+
+# --- parts 4 and 5: unequal sizes -------------------------------------------------------------------------------
+
+
+def test_firms_exactly(firms):
+    want, starts = EXPECTED["firms"], starts_of(firms["firm"])
+    naive = sampling_distribution(firms["Y1"], firms["Y0"], starts, 10)
+    assert naive.enumerated and len(naive.values) == 184_756
+    assert naive.truth == pytest.approx(want["true_SATE"], abs=1e-6) and naive.expectation == pytest.approx(13.4815, abs=5e-5)
+    assert naive.expectation == pytest.approx(want["mean_unweighted_1000"], abs=4 * naive.std_error / np.sqrt(1000))
+    for estimator, slope in (("horvitz_thompson", 0.0), ("des_raj", 3.0)):
+        found = sampling_distribution(firms["Y1"], firms["Y0"], starts, 10, estimator=estimator, slope=slope)
+        assert found.expectation == pytest.approx(want["true_SATE"], abs=1e-6)
+    paired = sampling_distribution(firms["Y1"], firms["Y0"], starts, 1, block=np.arange(20) // 2)
+    assert paired.enumerated and paired.expectation == pytest.approx(want["true_SATE"], abs=1e-6)
+    assert paired.expectation == pytest.approx(want["mean_paired_1000"], abs=4 * paired.std_error / np.sqrt(1000))
+    assert paired.std_error == pytest.approx(want["sd_paired"], rel=4 / np.sqrt(2 * 1000))
+
+
+def test_pairs_as_estimatr():
+    frame = load("firms_paired_assignment")
+    trial = Trial(frame["Y"], frame["Z"], starts_of(frame["firm"]), frame["pair"])
+    want, found = ESTIMATR["firms_matched_pair_clustered"], trial_effect(trial)
+    assert (found.estimate, found.std_error, found.df, found.p_value) == pytest.approx((want["est"], want["se"], want["df"], want["p"]), abs=1e-6)
+
+
+@pytest.mark.parametrize("block", [[0] * 8, [0, 0, 0, 0, 1, 1, 1, 1], [0, 1, 0, 1, 0, 1, 1, 1], [0, 0, 1, 1, 2, 2, 3, 3]])
+def test_unbiased_by_brute_force(block):
+    "Totals are unbiased in any blocks; every estimator's values are those of the trials one would see."
+    block, rng = np.array(block), np.random.default_rng(4)
+    drawn = np.where(np.bincount(block) == 2, 1, 2)
+    sizes = rng.integers(1, 9, 8)
+    starts, cluster = np.r_[0, np.cumsum(sizes)], np.repeat(np.arange(8), sizes)
+    y0 = rng.normal(size=len(cluster)) + 5
+    y1 = y0 + sizes[cluster]
+    for estimator in ("difference", "hajek", "horvitz_thompson", "des_raj"):
+        found = sampling_distribution(y1, y0, starts, drawn, block=block, estimator=estimator, slope=2.0)
+        if estimator in ("horvitz_thompson", "des_raj"):
+            assert found.bias == pytest.approx(0, abs=1e-12)
+        else:
+            by_unit = [by_hand(z, np.where(z[cluster], y1, y0), starts, block, estimator) for z in every_assignment(block, drawn)]
+            np.testing.assert_allclose(np.sort(found.values), np.sort(by_unit), atol=1e-12)
+
+
+def test_hajek_neyman_is_conservative_and_not_far_off():
+    rng = np.random.default_rng(5)
+    sizes = rng.integers(5, 15, 40)
+    starts, cluster = np.r_[0, np.cumsum(sizes)], np.repeat(np.arange(40), sizes)
+    y0 = rng.normal(size=40)[cluster] + rng.normal(size=len(cluster))
+    block = np.arange(40) // 20
+    for estimator in ("hajek", "difference"):
+        true = sampling_distribution(y0 + 1, y0, starts, [8, 12], block=block, estimator=estimator, draws=20_000)
+        estimated = []
+        for _ in range(300):
+            z = np.concatenate([rng.permutation(20) < k for k in (8, 12)])
+            estimated.append(trial_effect(Trial(y0 + z[cluster], z[cluster], starts, block[cluster]), estimator).std_error ** 2)
+        assert 0.93 < np.mean(estimated) / true.std_error**2 < 1.12
+
+
+def test_pairs_are_optimal_and_odd_numbers_refused():
+    networkx = pytest.importorskip("networkx")
+    assert networkx
+    x = np.random.default_rng(0).normal(size=(40, 3))
+    code = cw.pair_clusters(x)
+    assert (np.bincount(code) == 2).all() and (np.unique(code, return_index=True)[1].argsort() == np.arange(20)).all()
+    inverse = np.linalg.inv(np.cov(x.T, bias=True))
+    def between(a, b): return np.sqrt((x[a] - x[b]) @ inverse @ (x[a] - x[b]))
+    pairs = [tuple(np.flatnonzero(code == k)) for k in range(20)]
+    for (a, b), (c, d) in combinations(pairs, 2):                  # no exchange between two pairs does better
+        assert between(a, b) + between(c, d) <= min(between(a, c) + between(b, d), between(a, d) + between(b, c)) + 1e-9
+    np.testing.assert_array_equal(cw.pair_clusters(x * [1, 100, 0.01] + 5), code)
+    with pytest.raises(cw.InputError, match="31 clusters cannot be paired: the number is odd"):
+        cw.pair_clusters(np.arange(31))
+
+
+def test_without_networkx(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "networkx", None)
+    with pytest.raises(cw.InputError, match="needs networkx"):
+        cw.pair_clusters(np.arange(4))
+
+
+# --- part 9: power ------------------------------------------------------------------------------------------------
+
+
+def test_power_solves_for_each():
+    common = dict(icc=0.05, sd=2.0, cv=0.3, r2_cluster=0.2, r2_unit=0.1, cluster_covs=1, level=0.01)
+    power = cw.trial_power(clusters=30, size=40, effect=0.9, **common).power
+    assert cw.trial_power(clusters=30, size=40, power=power, **common).effect == pytest.approx(0.9, abs=1e-8)
+    assert cw.trial_power(clusters=30, effect=0.9, power=power - 1e-9, **common).size == 40
+    assert cw.trial_power(size=40, effect=0.9, power=power - 1e-9, **common).clusters == 30
+    for change in (dict(icc=0.06), dict(sd=2.1), dict(cv=0.4), dict(r2_cluster=0.1), dict(r2_unit=0.0), dict(cluster_covs=2), dict(level=0.005), dict(treated_share=0.3)):
+        assert cw.trial_power(clusters=30, size=40, effect=0.9, **common | change).power < power
+
+
+@pytest.mark.parametrize(("clusters", "size", "icc"), [(6, 10, 0.1), (10, 30, 0.05), (20, 5, 0.3), (60, 50, 0.0)])
+def test_power_formula_is_exact_for_equal_sizes(clusters, size, icc):
+    rng, reps = np.random.default_rng(3), 40_000
+    effect = 2.2 * np.sqrt((icc + (1 - icc) / size) * 4 / clusters)
+    means = rng.normal(size=(reps, clusters)) * np.sqrt(icc + (1 - icc) / size)
+    means[:, ::2] += effect
+    p = stats.ttest_ind(means[:, ::2], means[:, 1::2], axis=1).pvalue
+    want = cw.trial_power(clusters=clusters, size=size, effect=effect, icc=icc).power
+    assert np.mean(p <= 0.05) == pytest.approx(want, abs=4 * np.sqrt(want * (1 - want) / reps))
+
+
+def test_power_refuses():
+    with pytest.raises(cw.EstimationError, match="It takes at least"):
+        cw.trial_power(clusters=10, effect=0.2, power=0.8, icc=0.2)
+    for bad in (dict(clusters=2), dict(icc=1.2), dict(size=0), dict(effect=0.3, clusters=4, size=3, power=0.5), dict(level=0), dict(effect=0, power=0.8, clusters=None, size=5)):
+        with pytest.raises(cw.InputError):
+            cw.trial_power(**dict(clusters=10, size=20, effect=0.3, icc=0.1) | bad)
+
+
+def test_simulated_power_does_not_depend_on_workers():
+    def draw(rng):
+        return simulate_trial(rng, 8, rng.integers(2, 5, 8), effect=1.0)
+    one, two = (simulate_power(draw, trial_effect, replicates=20, workers=k, progress=False) for k in (1, 2))
+    np.testing.assert_array_equal(one.p_values, two.p_values)
+    with pytest.raises(cw.InputError, match="p-value"):
+        simulate_power(draw, lambda trial: 3.0, replicates=2, progress=False)
+
+
+def test_power_grid():
+    grid = power_grid(clusters=[4, 50], effect=[0.5, 0.6], icc=0.2, power=0.8)
+    assert np.isnan(grid.loc[4]).all() and grid.loc[50, 0.5] == cw.trial_power(clusters=50, effect=0.5, icc=0.2, power=0.8).size
+    with pytest.raises(cw.InputError, match="Two arguments"):
+        power_grid(clusters=[4, 5], size=10, effect=0.3, icc=0.1)
