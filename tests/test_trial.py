@@ -12,8 +12,9 @@ import pytest
 from scipy import stats
 
 import clusterweights as cw
-from clusterweights.trial import (Trial, design_effect, effective_n, intracluster_correlation, power_grid, randomisation_test,
-                                  sampling_distribution, simulate_power, simulate_trial, trial_effect)
+from clusterweights.trial import (Trial, design_effect, effective_n, false_positive_rates, intracluster_correlation, model_effect, power_grid,
+                                  profile_interval, randomisation_test, rejection_rates, sampling_distribution, simulate_power,
+                                  simulate_trial, trial_effect)
 
 EGAP = Path(__file__).parent / "reference" / "egap"
 EXPECTED = json.loads((EGAP / "expected.json").read_text())
@@ -372,3 +373,57 @@ def test_power_grid():
     assert np.isnan(grid.loc[4]).all() and grid.loc[50, 0.5] == cw.trial_power(clusters=50, effect=0.5, icc=0.2, power=0.8).size
     with pytest.raises(cw.InputError, match="Two arguments"):
         power_grid(clusters=[4, 5], size=10, effect=0.3, icc=0.1)
+
+
+# --- part 8: design and model -----------------------------------------------------------------------------------
+
+
+def test_model_intervals_as_lme4():
+    trial, want = as_trial(load("J_30_clusters")), EXPECTED["multilevel_J30"]
+    model = model_effect(trial)
+    assert (model.estimate, model.std_error) == pytest.approx((want["reml"], want["reml_se"]), abs=1e-6)
+    assert model.conf_int() == pytest.approx(want["wald_CI"], abs=1e-6)
+    assert profile_interval(trial) == pytest.approx(want["profile_CI"], abs=1e-6)
+    design = trial_effect(trial, vcov="CR1")
+    half = stats.t.ppf(0.975, 2998) * design.std_error * np.sqrt(2999 / 2998)
+    assert (design.estimate - half, design.estimate + half) == pytest.approx(want["design_CI"], abs=1e-6)
+    with pytest.raises(cw.InputError, match="knows no blocks"):
+        model_effect(uneven(1, [0, 0, 0, 0, 1, 1, 1, 1]))
+
+
+def test_rejection_rates_of_the_guide():
+    "Exact over all assignments for 4 and 10 clusters; 30 against the guide's printed 1,000 draws."
+    names = ["robust, N − 2 df", "totals, normal", "mixed model, Wald"]
+    four, ten = (rejection_rates(as_trial(load(f"J_{j}_clusters"))) for j in (4, 10))
+    assert four[names].tolist() == pytest.approx([0, 0, 1 / 3], abs=1e-12)
+    assert ten[names].tolist() == pytest.approx([28 / 252, 10 / 252, 28 / 252], abs=1e-12)
+    assert four["permutation"] == 0 and ten["permutation"] == 12 / 252
+    thirty = rejection_rates(as_trial(load("J_30_clusters")))
+    for name, printed in zip(names, EXPECTED["type1"]["printed"][2][2:]):
+        assert thirty[name] == pytest.approx(printed, abs=4 * np.sqrt(0.06 * 0.94 / 1000))
+    with pytest.raises(cw.InputError, match="one size"):
+        rejection_rates(uneven(1))
+
+
+def test_false_positive_rates():
+    rates = false_positive_rates([5, 30, 100], [0.1], replicates=4000, seed=2)
+    error = 4 * np.sqrt(0.05 * 0.95 / 4000)
+    assert (np.abs(rates.loc[[30, 100], "permutation"] - 0.05) < error).all()
+    # five clusters: Welch's degrees of freedom, only nearly right; ten assignments never reach 5%
+    assert abs(rates.loc[(30, 0.1), "CR2, Satterthwaite"] - 0.05) < error and rates.loc[(5, 0.1), "permutation"] == 0
+    for j, printed in ((30, [0.061, 0.040, 0.063]), (100, [0.058, 0.052, 0.059])):
+        found = rates.loc[(j, 0.1), ["robust, N − 2 df", "totals, normal", "mixed model, Wald"]]
+        assert (np.abs(found - printed) < 4 * np.sqrt(0.06 * 0.94 * (1 / 1000 + 1 / 4000))).all()
+
+
+def test_closed_forms_of_six_tests_with_arms_of_two_sizes():
+    trial = uneven(1, treated=3)
+    equal = Trial(np.random.default_rng(3).normal(size=40) + np.repeat(np.arange(8) % 3, 5), np.repeat(trial.treated, 5), np.arange(9) * 5)
+    rates = {}
+    for z in every_assignment(equal.block, equal.drawn):
+        one = Trial(equal.y, np.repeat(z, 5), equal.starts)
+        for name, p in (("CR2, Satterthwaite", trial_effect(one).p_value), ("mixed model, Wald", model_effect(one, "ml").p_value), ("permutation", randomisation_test(one).p_value)):
+            rates.setdefault(name, []).append(p <= 0.2)
+    found = rejection_rates(equal, level=0.2)
+    for name, rejected in rates.items():
+        assert found[name] == pytest.approx(np.mean(rejected), abs=1e-12)
