@@ -13,12 +13,12 @@ from clusterweights.ipw import ipw_weights, propensity_scores
 from clusterweights.outcomes import OutcomeModel
 from clusterweights.resampling import Bootstrap, WildClusterTest, bootstrap, wild_cluster_test
 from clusterweights.study import Study
-from clusterweights.trial import Trial, intracluster_correlation, pair_clusters, randomisation_test, trial_effect, trial_power
+from clusterweights.trial import Trial, balance_test, intracluster_correlation, pair_clusters, randomisation_test, trial_effect, trial_power, two_stage_effects
 from clusterweights.weights import Feasibility, Weights, feasibility, unadjusted_weights
 
 __all__ = ["Agreement", "Balance", "Bootstrap", "ClusterWeightsError", "ClusterWeightsWarning", "Comparison", "Decomposition", "DroppedUnitsWarning",
            "Estimate", "EstimationError", "Feasibility", "FewClustersWarning", "InfeasibleError", "InputError", "NotConvergedWarning", "OutcomeModel",
-           "OverlapWarning", "SolverError", "Study", "Trial", "Weights", "WildClusterTest", "agreement", "balance_of", "balancing_weights",
-           "bootstrap", "compare", "decompose", "feasibility", "hierarchical_weights", "intracluster_correlation", "ipw_weights", "pair_clusters",
-           "plot_overlap", "propensity_scores", "randomisation_test", "trial_effect", "trial_power", "unadjusted_weights", "wild_cluster_test",
-           "worst_case"]
+           "OverlapWarning", "SolverError", "Study", "Trial", "Weights", "WildClusterTest", "agreement", "balance_of", "balance_test",
+           "balancing_weights", "bootstrap", "compare", "decompose", "feasibility", "hierarchical_weights", "intracluster_correlation", "ipw_weights",
+           "pair_clusters", "plot_overlap", "propensity_scores", "randomisation_test", "trial_effect", "trial_power", "two_stage_effects",
+           "unadjusted_weights", "wild_cluster_test", "worst_case"]

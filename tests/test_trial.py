@@ -12,9 +12,9 @@ import pytest
 from scipy import stats
 
 import clusterweights as cw
-from clusterweights.trial import (Trial, design_effect, effective_n, false_positive_rates, intracluster_correlation, model_effect, power_grid,
-                                  profile_interval, randomisation_test, rejection_rates, sampling_distribution, simulate_power,
-                                  simulate_trial, trial_effect)
+from clusterweights.trial import (Trial, design_effect, effective_n, false_positive_rates, intracluster_correlation, model_effect, plot_power,
+                                  power_grid, profile_interval, randomisation_test, rejection_rates, sampling_distribution,
+                                  simulate_power, simulate_trial, trial_effect, two_stage_effects)
 
 EGAP = Path(__file__).parent / "reference" / "egap"
 EXPECTED = json.loads((EGAP / "expected.json").read_text())
@@ -427,3 +427,103 @@ def test_closed_forms_of_six_tests_with_arms_of_two_sizes():
     found = rejection_rates(equal, level=0.2)
     for name, rejected in rates.items():
         assert found[name] == pytest.approx(np.mean(rejected), abs=1e-12)
+
+
+# --- parts 6 and 7: spillover -----------------------------------------------------------------------------------
+
+
+def test_dormitory():
+    "Rooms of two drawn from four and six of two types: exact expectations by enumeration."
+    kind, rng = np.repeat([0, 1], [4, 6]), np.random.default_rng(1)
+    base = rng.normal(size=10)
+    def pairings(left):
+        return [[]] if not left else [[(left[0], left[i]), *rest] for i in range(1, len(left)) for rest in pairings(left[1:i] + left[i + 1:])]
+    def expectation(rooms):
+        people = np.ravel(rooms)
+        mixed = np.repeat(kind[people[::2]] != kind[people[1::2]], 2)
+        return sampling_distribution(base[people] + 5 - 10 * mixed, base[people], np.arange(0, 11, 2), 2).expectation
+    chance = [expectation(rooms) for rooms in pairings(list(range(10)))]
+    assert len(chance) == 945 and np.mean(chance) == pytest.approx(EXPECTED["spillover"]["analytic_expectation"], abs=1e-10)
+    matched = [expectation(a + b) for a in pairings([0, 1, 2, 3]) for b in pairings([4, 5, 6, 7, 8, 9])]
+    assert np.mean(matched) == pytest.approx(EXPECTED["spillover"]["true_ATE"], abs=1e-10)
+
+
+def test_two_stage_by_hand():
+    rng = np.random.default_rng(2)
+    sizes, saturation = np.array([4, 5, 6, 4, 5, 7]), np.array([0.5, 0.5, 0.4, 0.5, 0.4, 0.4])
+    starts, cluster = np.r_[0, np.cumsum(sizes)], np.repeat(np.arange(6), sizes)
+    treat = np.concatenate([rng.permutation(n) < 2 for n in sizes])
+    y = rng.normal(size=len(cluster))
+    found = two_stage_effects(y, treat, starts, saturation).effects
+    mean = np.array([[y[(cluster == j) & (treat == z)].mean() for j in range(6)] for z in (0, 1)])
+    var = np.array([[y[(cluster == j) & (treat == z)].var(ddof=1) / ((cluster == j) & (treat == z)).sum() for j in range(6)] for z in (0, 1)])
+    up = saturation == 0.5
+    assert found["direct, high"].estimate == pytest.approx((mean[1] - mean[0])[up].mean(), abs=1e-12)
+    assert found["direct, high"].std_error ** 2 == pytest.approx(0.5 * (mean[1] - mean[0])[up].var(ddof=1) / 3 + var[:, up].sum() / 18, abs=1e-12)
+    assert found["indirect"].estimate == pytest.approx(mean[0, up].mean() - mean[0, ~up].mean(), abs=1e-12)
+    assert found["indirect"].std_error ** 2 == pytest.approx(mean[0, up].var(ddof=1) / 3 + mean[0, ~up].var(ddof=1) / 3, abs=1e-12)
+    assert found["total"].estimate == pytest.approx(found["direct, high"].estimate + found["indirect"].estimate, abs=1e-12)
+    nobody = two_stage_effects(y, treat & up[cluster], starts, saturation * up).effects
+    assert "direct, low" not in nobody and nobody["total"].estimate == pytest.approx(mean[1, up].mean() - pd.Series(y).groupby(cluster).mean()[~up].mean(), abs=1e-12)
+    with pytest.raises(cw.EstimationError, match="3 clusters with fewer than two"):
+        two_stage_effects(y, treat & ~up[cluster], starts, saturation)
+    with pytest.raises(cw.InputError, match="two saturations"):
+        two_stage_effects(y, treat, starts, np.arange(6))
+
+
+# --- part 10: balance ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def villages():
+    frame = pd.read_csv(EGAP / "villages_covariates.csv")
+    return Trial(None, frame["Z"], np.arange(11), x=frame.drop(columns="Z"), names=tuple(frame.columns[1:]))
+
+
+def test_balance_as_ritools(villages):
+    want, found = EXPECTED["balance"], cw.balance_test(villages)
+    for column, key in (("difference", "adj_diff"), ("std_diff", "std_diff"), ("z", "z"), ("p_value", "p")):
+        np.testing.assert_allclose(found.table[column], want[key], atol=1e-6)
+    assert (found.d2, found.df, found.p_chi2) == pytest.approx((want["d2"], want["df"], want["p_omnibus"]), abs=1e-6)
+    assert found.empty and found.p_value == 1 and "empty" in str(found)
+    few = cw.balance_test(Trial(None, villages.treat, villages.starts, x=villages.x[:, :3], names=villages.names[:3]))
+    assert not few.empty and few.df == 3 and 0 < few.p_value < 1 and "empty" not in str(few)
+
+
+@pytest.mark.parametrize("block", [[0, 0, 0, 0, 1, 1, 1, 1], [0, 0, 1, 1, 2, 2, 3, 3]])
+def test_balance_in_blocks_by_brute_force(block):
+    rng, block = np.random.default_rng(6), np.array(block)
+    sizes = rng.integers(1, 6, 8)
+    starts, cluster = np.r_[0, np.cumsum(sizes)], np.repeat(np.arange(8), sizes)
+    x, z = rng.normal(size=(len(cluster), 2)), np.tile([True, False], 4)
+    trial = Trial(None, z[cluster], starts, block[cluster], x, ("a", "b"))
+    found = cw.balance_test(trial)
+    totals = np.column_stack([np.add.reduceat(x - x.mean(0), starts[:-1]), sizes])
+    sums = np.array([row @ totals for row in every_assignment(block, trial.drawn)])
+    inverse, centred = np.linalg.pinv(np.cov(sums.T, bias=True)), sums - sums.mean(0)
+    d2, here = np.einsum("ri,ij,rj->r", centred, inverse, centred), z @ totals - sums.mean(0)
+    assert found.d2 == pytest.approx(here @ inverse @ here, abs=1e-9) and found.p_value == np.mean(d2 >= found.d2 - 1e-9)
+    np.testing.assert_allclose(found.table["z"], here / sums.std(0), atol=1e-9)
+    shifted = cw.balance_test(Trial(None, z[cluster], starts, block[cluster], 3 * x + 100, ("a", "b")))
+    assert shifted.d2 == pytest.approx(found.d2, abs=1e-8)
+    np.testing.assert_allclose(shifted.table["std_diff"], found.table["std_diff"], atol=1e-8)
+
+
+def test_balance_refuses():
+    trial = uneven(1)
+    with pytest.raises(cw.InputError, match="no covariates"):
+        cw.balance_test(trial)
+    with pytest.raises(cw.InputError, match="No lot could change the balance of 'region'"):
+        block = np.repeat([0, 1], 4)
+        cw.balance_test(Trial(None, np.tile([1, 0], 4), np.arange(9), block, block[:, None], ("region",)))
+
+
+def test_results_print_and_draw(villages):
+    import matplotlib
+    matplotlib.use("Agg")
+    trial = uneven(2)
+    for result in (trial, randomisation_test(trial), cw.balance_test(villages)):
+        assert result._repr_html_().count("<table") == 1 and pickle.loads(pickle.dumps(result)) is not None
+    for ax in (randomisation_test(trial).plot(), cw.balance_test(villages).plot(), sampling_distribution(trial.y, trial.y, trial.starts, 2).plot(),
+               plot_power(power_grid(clusters=[4, 50], effect=[0.5, 0.6], icc=0.2, size=20))):
+        assert ax.get_xlabel()
