@@ -282,7 +282,7 @@ def test_unbiased_by_brute_force(block):
     y0 = rng.normal(size=len(cluster)) + 5
     y1 = y0 + sizes[cluster]
     for estimator in ("difference", "hajek", "horvitz_thompson", "des_raj"):
-        found = sampling_distribution(y1, y0, starts, drawn, block=block, estimator=estimator, slope=2.0)
+        found = sampling_distribution(y1, y0, starts, drawn, block=block, estimator=estimator, slope=2.0 * (estimator == "des_raj"))
         if estimator in ("horvitz_thompson", "des_raj"):
             assert found.bias == pytest.approx(0, abs=1e-12)
         else:
@@ -527,3 +527,36 @@ def test_results_print_and_draw(villages):
     for ax in (randomisation_test(trial).plot(), cw.balance_test(villages).plot(), sampling_distribution(trial.y, trial.y, trial.starts, 2).plot(),
                plot_power(power_grid(clusters=[4, 50], effect=[0.5, 0.6], icc=0.2, size=20))):
         assert ax.get_xlabel()
+
+
+# --- later refusals, and what must not change an answer ------------------------------------------------------------
+
+
+def test_no_option_is_silently_ignored():
+    trial = uneven(1)
+    with pytest.raises(cw.InputError, match="slope=2.0 is for"):
+        trial_effect(trial, slope=2.0)
+    with pytest.raises(cw.InputError, match="slope=2.0 is for"):
+        sampling_distribution(trial.y, trial.y, trial.starts, 2, estimator="hajek", slope=2.0)
+    frame = pd.DataFrame({"c": [1, 1, 2, 2], "z": [0, 0, 1, 1], "x": [1.0, 2, 3, 5], "w": [1, 2, 1, 2]})
+    with pytest.raises(cw.InputError, match="no sampling weights"):
+        Trial.from_study(cw.Study(frame, treat="z", cluster="c", covs="x", sampling_weights="w"))
+    with pytest.raises(cw.InputError, match="whole number"):
+        cw.trial_power(clusters=10.5, size=20, effect=0.3, icc=0.1)
+
+
+def test_a_shift_of_the_outcome_changes_no_test():
+    trial = uneven(1, treated=4)
+    far = trial.with_outcome(trial.y * 1e-3 + 1e6)
+    for statistic in ("difference", "hajek"):
+        assert randomisation_test(far, statistic).p_value == randomisation_test(trial, statistic).p_value
+
+
+def test_degenerate_outcomes():
+    trial = uneven(1)
+    with pytest.raises(cw.EstimationError, match="does not vary between clusters"):
+        trial_effect(trial.with_outcome(np.zeros(len(trial.y))))
+    with pytest.raises(cw.EstimationError, match="correlation is 1"):
+        intracluster_correlation(np.repeat(np.arange(8.0), trial.sizes), trial.starts)
+    with pytest.raises(ValueError, match="read-only"):
+        trial.y[0] = 1.0
