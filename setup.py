@@ -36,7 +36,7 @@ setup(
     package_data={"clusterweights": ["py.typed", "data/*.csv.gz", "data/*.md"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split(), "solvers": cfg["solvers_requirements"].split()},
+    extras_require={"dev": cfg["dev_requirements"].split(), "solvers": cfg["solvers_requirements"].split(), "trials": cfg["trials_requirements"].split()},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         # nbdev finds the index of documented names through this.

@@ -15,11 +15,15 @@ from clusterweights.mundlak import ClusterStatistics, cluster_statistics, decomp
 from clusterweights.outcomes import OutcomeModel
 from clusterweights.resampling import Bootstrap, WildClusterTest, bootstrap, wild_cluster_test
 from clusterweights.study import Study
+from clusterweights.trial import (Trial, balance_test, intracluster_correlation, pair_clusters, randomisation_test, trial_effect,
+                                  trial_power, two_stage_effects)
 from clusterweights.weights import Feasibility, Weights, feasibility, unadjusted_weights
 
 __all__ = ["Agreement", "Balance", "Bootstrap", "ClusterStatistics", "ClusterWeightsError", "ClusterWeightsWarning", "Comparison", "CosAdvice",
            "Decomposition", "DroppedUnitsWarning", "Estimate", "EstimationError", "Feasibility", "FewClustersWarning", "InfeasibleError",
-           "InputError", "NotConvergedWarning", "OutcomeModel", "OverlapWarning", "SolverError", "Study", "Weights", "WildClusterTest", "agreement",
-           "balance_of", "balancing_weights", "bootstrap", "cluster_statistics", "compare", "cos_advice", "cos_features", "cos_weights", "decompose",
-           "decompose_by_statistics", "feasibility", "hierarchical_weights", "ipw_weights", "mundlak_scores", "mundlak_weights", "plot_arm_means",
-           "plot_clusters", "plot_overlap", "propensity_scores", "unadjusted_weights", "wild_cluster_test", "worst_case"]
+           "InputError", "NotConvergedWarning", "OutcomeModel", "OverlapWarning", "SolverError", "Study", "Trial", "Weights", "WildClusterTest",
+           "agreement", "balance_of", "balance_test", "balancing_weights", "bootstrap", "cluster_statistics", "compare", "cos_advice",
+           "cos_features", "cos_weights", "decompose", "decompose_by_statistics", "feasibility", "hierarchical_weights", "intracluster_correlation",
+           "ipw_weights", "mundlak_scores", "mundlak_weights", "pair_clusters", "plot_arm_means", "plot_clusters", "plot_overlap",
+           "propensity_scores", "randomisation_test", "trial_effect", "trial_power", "two_stage_effects", "unadjusted_weights", "wild_cluster_test",
+           "worst_case"]
