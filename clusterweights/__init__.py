@@ -12,11 +12,13 @@ from clusterweights.inference import Estimate
 from clusterweights.ipw import ipw_weights, propensity_scores
 from clusterweights.outcomes import OutcomeModel
 from clusterweights.resampling import Bootstrap, WildClusterTest, bootstrap, wild_cluster_test
+from clusterweights.softcal import cross_fitted_lam, softcal_estimate, softcal_weights
 from clusterweights.study import Study
 from clusterweights.weights import Feasibility, Weights, feasibility, unadjusted_weights
 
-__all__ = ["Agreement", "Balance", "Bootstrap", "ClusterWeightsError", "ClusterWeightsWarning", "Comparison", "Decomposition", "DroppedUnitsWarning", "Estimate",
-           "EstimationError", "Feasibility", "FewClustersWarning", "InfeasibleError", "InputError", "NotConvergedWarning", "OutcomeModel",
-           "OverlapWarning", "SolverError", "Study", "Weights", "WildClusterTest", "agreement", "balance_of", "balancing_weights", "bootstrap",
-           "compare", "decompose", "feasibility", "hierarchical_weights", "ipw_weights", "plot_overlap", "propensity_scores",
+__all__ = ["Agreement", "Balance", "Bootstrap", "ClusterWeightsError", "ClusterWeightsWarning", "Comparison", "Decomposition",
+           "DroppedUnitsWarning", "Estimate", "EstimationError", "Feasibility", "FewClustersWarning", "InfeasibleError", "InputError",
+           "NotConvergedWarning", "OutcomeModel", "OverlapWarning", "SolverError", "Study", "Weights", "WildClusterTest", "agreement",
+           "balance_of", "balancing_weights", "bootstrap", "compare", "cross_fitted_lam", "decompose", "feasibility",
+           "hierarchical_weights", "ipw_weights", "plot_overlap", "propensity_scores", "softcal_estimate", "softcal_weights",
            "unadjusted_weights", "wild_cluster_test", "worst_case"]
