@@ -29,8 +29,9 @@ __all__ = ['LOSSES', 'Loss', 'logit_loss', 'solve_softcal', 'softcal_weights', '
 # %% ../nbs/15_softcal.ipynb #57c48f2b
 @dataclass(frozen=True)
 class Loss:
-    """A loss Q of one weight, with q = 1. divergence : Q(w). slope : Q'(w). conjugate : g(z) = max_w zw − Q(w). weight : w(z) = g'(z).
-    curvature : g''(z) as a function of w. low, high : the open domain of w. Functions of arrays. Source: Gao, Yang & Kim (2023), Table 2; Deville & Särndal (1992)."""
+    """A loss Q of one weight, with q = 1. divergence : Q(w). slope : Q'(w). conjugate : g(z) = max_w zw − Q(w). weight : w(z) = g'(z). curvature :
+    g''(z) as a function of w. low, high : the open domain of w. Functions of arrays. Source: Gao, Yang & Kim (2023), Table 2; Deville & Särndal
+    (1992)."""
     divergence: Callable
     slope: Callable
     conjugate: Callable
@@ -47,8 +48,10 @@ def _xlogx(w: np.ndarray) -> np.ndarray:
 LOSSES = {
     "squared": Loss(lambda w: (w - 1) ** 2 / 2, lambda w: w - 1, lambda z: z + z**2 / 2, lambda z: 1 + z, lambda w: np.ones_like(w)),
     "entropy": Loss(lambda w: _xlogx(w) - w + 1, np.log, lambda z: np.exp(z) - 1, np.exp, lambda w: w, low=0.0),
-    "empirical likelihood": Loss(lambda w: w - 1 - np.log(w), lambda w: 1 - 1 / w, lambda z: -np.log(1 - z), lambda z: 1 / (1 - z), lambda w: w**2, low=0.0),
-    "maximum entropy": Loss(lambda w: _xlogx(w - 1) - (w - 1), lambda w: np.log(w - 1), lambda z: z + np.exp(z), lambda z: 1 + np.exp(z), lambda w: w - 1, low=1.0),
+    "empirical likelihood": Loss(lambda w: w - 1 - np.log(w), lambda w: 1 - 1 / w, lambda z: -np.log(1 - z), lambda z: 1 / (1 - z), lambda w: w**2,
+                                 low=0.0),
+    "maximum entropy": Loss(lambda w: _xlogx(w - 1) - (w - 1), lambda w: np.log(w - 1), lambda z: z + np.exp(z), lambda z: 1 + np.exp(z),
+                            lambda w: w - 1, low=1.0),
 }
 
 
@@ -64,21 +67,24 @@ def logit_loss(low: float, high: float) -> Loss:
         return (_xlogx(w - low) - (w - low) * np.log(1 - low) + _xlogx(high - w) - (high - w) * np.log(high - 1)) / a
 
     def slope(w): return (np.log((w - low) / (1 - low)) - np.log((high - w) / (high - 1))) / a
-    return Loss(divergence, slope, lambda z: z * weight(z) - divergence(weight(z)), weight, lambda w: a * (w - low) * (high - w) / (high - low), low, high)
+    def conjugate(z): return z * weight(z) - divergence(weight(z))
+    return Loss(divergence, slope, conjugate, weight, lambda w: a * (w - low) * (high - w) / (high - low), low, high)
 
 # %% ../nbs/15_softcal.ipynb #a87bf50b
 _ROWS = 8192         # units at a time, so that products stay in the processor's cache
 
 
 class _Arrow:
-    "The matrix [X'vX, X'vZ; Z'vX, Z'vZ + diag κ], Z the indicators of clusters, ready to solve with. x : (n, p). v : (n,) ≥ 0. κ : (K,), 0 to infinite."
+    """The matrix [X'vX, X'vZ; Z'vX, Z'vZ + diag κ], Z the indicators of clusters, ready to solve with.
+
+    x : (n, p). v : (n,) ≥ 0. kappa : (K,) κ, 0 to infinite."""
 
     def __init__(self, x: np.ndarray, v: np.ndarray, starts: np.ndarray, kappa: np.ndarray):
         n, p = x.shape
         self.total, block = cluster_sums(v, starts), np.repeat(np.arange(len(kappa)), np.diff(starts))
         self.mean = (sparse.csr_array((v, np.arange(n), starts), shape=(len(kappa), n)) @ x) / np.where(self.total > 0, self.total, 1.0)[:, None]
         soft = self.total + kappa
-        self.inverse = np.where(soft > 0, 1 / np.where(soft > 0, soft, 1.0), 1.0)       # a cluster whose units are all at a bound: a step along the gradient
+        self.inverse = np.where(soft > 0, 1 / np.where(soft > 0, soft, 1.0), 1.0)    # all units at a bound: a step along the gradient
         schur = np.zeros((p, p))
         for first in range(0, n, _ROWS):
             rows = slice(first, first + _ROWS)
@@ -97,10 +103,11 @@ class _Arrow:
 
 # %% ../nbs/15_softcal.ipynb #f3b2b34d
 class _Dual:
-    "G and its derivatives. x : (n, p), the intercept first, columns centred and scaled. goal : (p,) totals. sizes, kappa : (K,). low, high : bounds of w."
+    "G and its derivatives. x : (n, p), the intercept first, columns centred and scaled. goal : (p,). sizes, kappa : (K,). low, high : bounds of w."
 
     def __init__(self, loss: Loss, x, starts, goal, sizes, kappa, base, q, low: float, high: float):
-        self.loss, self.x, self.starts, self.goal, self.sizes, self.kappa, self.d, self.q, self.low, self.high = loss, x, starts, goal, sizes, kappa, base, q, low, high
+        self.loss, self.x, self.starts, self.goal, self.sizes, self.kappa = loss, x, starts, goal, sizes, kappa
+        self.d, self.q, self.low, self.high = base, q, low, high
         self.repeats, self.free = np.diff(starts), np.isfinite(kappa)                   # an infinite κ: the cluster has no multiplier
         self.clipped = low > loss.low or high < loss.high
 
@@ -173,13 +180,14 @@ def _certificate(dual: _Dual, w: np.ndarray, c1: np.ndarray, c2: np.ndarray) -> 
         primal = dual.d @ divergence + 0.5 * miss @ c2
         size = dual.d @ np.abs(divergence) + np.abs(dw) @ np.abs(z) + 1e-9 * np.abs(dw).sum()
         outside = max(dual.low - w.min(), w.max() - dual.high, 0.0)
-        return Certificate(float(max(one.max(), two[hard].max(initial=0.0))), float(outside), float(max(np.abs(off).max(), two[~hard].max(initial=0.0))),
-                           float((primal + dual.value(z, c1, c2)) / size))
+        equality, stationarity = max(one.max(), two[hard].max(initial=0.0)), max(np.abs(off).max(), two[~hard].max(initial=0.0))
+        return Certificate(float(equality), float(outside), float(stationarity), float((primal + dual.value(z, c1, c2)) / size))
 
 # %% ../nbs/15_softcal.ipynb #9249d970
 def _checked_loss(loss: str, bounds) -> tuple[Loss, float, float]:
     "The loss and the bounds of w."
-    if not (isinstance(bounds, (tuple, list)) and len(bounds) == 2 and all(isinstance(b, Real) and not np.isnan(b) for b in bounds) and bounds[0] < bounds[1]):
+    two = isinstance(bounds, (tuple, list)) and len(bounds) == 2 and all(isinstance(b, Real) for b in bounds)
+    if not (two and bounds[0] < bounds[1]):
         raise InputError(f"bounds={bounds!r} must be two numbers, the lower first, such as (0, inf).")
     low, high = map(float, bounds)
     if loss == "logit":
@@ -201,24 +209,29 @@ def _check_sizes(sizes: np.ndarray, own: np.ndarray, low: float, high: float, la
         beyond = (sizes <= low * own) & (low > -np.inf) | (sizes >= high * own) & (high < np.inf)
     if beyond.any():
         names = [labels[g] for g in np.flatnonzero(beyond)]
-        raise InfeasibleError(f"The totals of {counted(len(names), 'cluster')} cannot be reached: {listed(names)}. Their units, with weights between {low:g} and {high:g} times their base weight "
-                              f"(loss {loss!r}), add up to something else than asked. The penalised form with lam > 0 asks for less; so do wider bounds, or another loss.",
+        raise InfeasibleError(f"The totals of {counted(len(names), 'cluster')} cannot be reached: {listed(names)}. With loss={loss!r}, weights lie "
+                              f"between {low:g} and {high:g} times the base weight, which is too much or too little there. Take the penalised form "
+                              "with lam > 0, which asks for less, wider bounds, or another loss.",
                               [f"total of cluster {name}" for name in names], clusters=names)
 
 # %% ../nbs/15_softcal.ipynb #42a14206
-def solve_softcal(x: np.ndarray, starts: np.ndarray, target_mean: np.ndarray, target_total: float, sizes: np.ndarray, lam: float, *, loss: str = "entropy",
-                  form: str = "penalised", base: np.ndarray | None = None, precision: np.ndarray | None = None, relative_variance: np.ndarray | None = None,
+def solve_softcal(x: np.ndarray, starts: np.ndarray, target_mean: np.ndarray, target_total: float, sizes: np.ndarray, lam: float, *,
+                  loss: str = "entropy", form: str = "penalised", base: np.ndarray | None = None, precision: np.ndarray | None = None,
+                  relative_variance: np.ndarray | None = None,
                   bounds: tuple[float, float] = (-np.inf, np.inf), names: Sequence[str] | None = None, labels: Sequence | None = None) -> Solution:
     """Weights with exact totals of covariates and, as far as it is worth it, of clusters: min Σ d Q(w) + (1/2λ) Σ_g D_g (Σ_g d w − N_g)².
 
-    x : (n, d) covariates without intercept (it is added), sorted by cluster. starts : (K + 1,), cluster g is rows starts[g] to starts[g + 1] − 1, none empty. target_mean : (d,),
-    target_total : of all units in the target, those of clusters without units among them. sizes : (K,) N_g ≥ 0, the target's size in each cluster. lam : γ = σ²_e/σ²_u ≥ 0; 0 is hard
-    calibration, infinity ignores clusters. loss : "squared", "entropy", "empirical likelihood", "maximum entropy", or "logit" (needs bounds). form : "penalised" or "adjusted", the paper's totals. base : (n,) d > 0,
-    precision : (n,) q > 0, relative_variance : (K,) D > 0, all 1 by default. bounds : of w. names, labels : of covariates and clusters, for messages.
-    The solution's weights are d·w; its multipliers (c1, c2), (d + 1,) and (K,), give w = w(q z), z = c1[0] + x'c1[1:] + c2[cluster]. Raises `InfeasibleError`, naming covariates or clusters, where no weights
-    meet the demands. Source: Gao, Yang & Kim (2023), Eqs. 4, 6 and 7, with base weights."""
+    x : (n, d) covariates without intercept (it is added), sorted by cluster. starts : (K + 1,), cluster g is rows starts[g] to starts[g + 1] − 1,
+    none empty. target_mean : (d,), target_total : of all units in the target, those of clusters without units among them. sizes : (K,) N_g ≥ 0,
+    the target's size in each cluster. lam : γ = σ²_e/σ²_u ≥ 0; 0 is hard calibration, infinity ignores clusters. loss : "squared", "entropy",
+    "empirical likelihood", "maximum entropy", or "logit" (needs bounds). form : "penalised" or "adjusted", the paper's totals. base : (n,) d > 0,
+    precision : (n,) q > 0, relative_variance : (K,) D > 0, all 1 by default. bounds : of w. names, labels : of covariates and clusters, for
+    messages. The solution's weights are d·w; its multipliers (c1, c2), (d + 1,) and (K,), give w = w(q z), z = c1[0] + x'c1[1:] + c2[cluster].
+    Raises `InfeasibleError`, naming covariates or clusters, where no weights meet the demands. Source: Gao, Yang & Kim (2023), Eqs. 4, 6 and 7,
+    with base weights."""
     begin, n, k = time.perf_counter(), len(x), len(starts) - 1
-    base, q, relative = (np.ones(size) if v is None else np.asarray(v, dtype=float) for v, size in ((base, n), (precision, n), (relative_variance, k)))
+    base, q, relative = (np.ones(size) if v is None else np.asarray(v, dtype=float)
+                         for v, size in ((base, n), (precision, n), (relative_variance, k)))
     if not (isinstance(lam, Real) and lam >= 0):
         raise InputError(f"lam={lam!r} must be a number, 0 or more: the variance within clusters over that between.")
     if form not in ("penalised", "adjusted"):
@@ -242,7 +255,8 @@ def solve_softcal(x: np.ndarray, starts: np.ndarray, target_mean: np.ndarray, ta
         value = -dual.value(z, c1, c2)                                  # no gap: the certificate says so
     slopes = c1[1:] / np.where(unit > 0, unit, 1.0)
     multipliers = np.r_[c1[0] - slopes @ target_mean, slopes], c2
-    solution = Solution(base * w, multipliers, certificate, "Newton on the dual", "optimal" if certificate.ok else "not solved", steps, 0, value, time.perf_counter() - begin)
+    status = "optimal" if certificate.ok else "not solved"
+    solution = Solution(base * w, multipliers, certificate, "Newton on the dual", status, steps, 0, value, time.perf_counter() - begin)
     if not certificate.ok:
         raise _explained(dual, solution, target_total, unit, names, labels)
     return solution
@@ -255,21 +269,25 @@ def _explained(dual: _Dual, solution: Solution, total: float, unit: np.ndarray, 
     totals = exact_totals(dual.starts, dual.sizes, labels) if hard else exact_totals(whole, np.array([float(total)]), ["all"])
     names = [f"x{j + 1}" for j in range(len(unit))] if names is None else names
     means = exact_means(dual.x[:, 1:], np.zeros((1, len(unit))), np.array([float(total)]), names=names, spread=np.ones(len(unit)))
-    found = closest(Problem(BlockSums(np.zeros((n, 1)), whole, np.ones(1)), np.zeros((1, 1)), 1 / dual.d, (means, totals), dual.d * dual.low, dual.d * dual.high))
+    nothing = BlockSums(np.zeros((n, 1)), whole, np.ones(1)), np.zeros((1, 1))
+    found = closest(Problem(*nothing, 1 / dual.d, (means, totals), dual.d * dual.low, dual.d * dual.high))
     within = f"weights between {dual.low:g} and {dual.high:g} times their base weight"
     if not np.isfinite(found.distance):
-        return InfeasibleError(f"No {within} add up to the target's {total:,.6g}" + (" in every cluster." if hard else "."), found.names, clusters=found.names if hard else ())
+        where = " in every cluster." if hard else "."
+        return InfeasibleError(f"No {within} add up to the target's {total:,.6g}{where}", found.names, clusters=found.names if hard else ())
     if found.distance > 1e-7:
-        return InfeasibleError(f"No {within} reach the target for {listed(found.names)}" + (" together with the total of each cluster; the penalised form with lam > 0 asks for less." if hard else ".")
-                               + f" The closest leave a difference of {found.distance:.2g} standard deviations. Fewer or coarser covariates may do.", found.names, found.distance, found.weights, found.direction)
-    return SolverError(f"Weights that meet the demands exist, or nearly so, but none with every weight inside the domain was found ({solution}). The target may lie on the edge of what "
-                       "is possible: use fewer covariates, a larger lam, or the squared loss.", solution)
+        also = " together with the total of each cluster; the penalised form with lam > 0 asks for less." if hard else "."
+        return InfeasibleError(f"No {within} reach the target for {listed(found.names)}{also} The closest leave a difference of "
+                               f"{found.distance:.2g} standard deviations. Fewer or coarser covariates may do.",
+                               found.names, found.distance, found.weights, found.direction)
+    return SolverError(f"Weights that meet the demands exist, or nearly so, but none with every weight inside the domain was found ({solution}). "
+                       "The target may lie on the edge of what is possible: use fewer covariates, a larger lam, or the squared loss.", solution)
 
 # %% ../nbs/15_softcal.ipynb #856fd314
 @dataclass(frozen=True)
 class _Part:
-    """An arm of a study. rows : (m,) its positions. starts : (K' + 1,), present : (K',) clusters that have such units. target : (n,) weights of target units. mean : (d,), total : of
-    the target. sizes : (K,) the target's size by cluster. base : (m,) base weights, scaled. scale : by how much."""
+    """An arm of a study. rows : (m,) its positions. starts : (K' + 1,), present : (K',) clusters that have such units. target : (n,) weights of target
+    units. mean : (d,), total : of the target. sizes : (K,) the target's size by cluster. base : (m,) base weights, scaled. scale : by how much."""
     rows: np.ndarray
     starts: np.ndarray
     present: np.ndarray
@@ -289,17 +307,18 @@ def _part(study: Study, estimand: str, name: str, loss: str, cluster_weight: str
     rows, total = np.flatnonzero(own), float(target.sum())
     present, block = np.unique(study.cluster[rows], return_inverse=True)
     scale = 1.0 if loss == "maximum entropy" else total / study.sampling_weights[rows].sum()
-    return _Part(rows, np.searchsorted(block, np.arange(len(present) + 1)), present, target, target @ study.x / total, total, cluster_sums(target, study.starts),
-                 scale * study.sampling_weights[rows], scale)
+    starts, sizes = np.searchsorted(block, np.arange(len(present) + 1)), cluster_sums(target, study.starts)
+    return _Part(rows, starts, present, target, target @ study.x / total, total, sizes, scale * study.sampling_weights[rows], scale)
 
 
 def _solve(study: Study, part: _Part, lam: float, loss: str, form: str, bounds) -> Solution:
     gone = np.setdiff1d(np.flatnonzero(part.sizes > 0), part.present)
     if lam == 0 and len(gone):
-        raise InfeasibleError(f"lam=0 asks for the exact total of every cluster, but {counted(len(gone), 'cluster')} ({listed(study.labels[gone])}) with {part.sizes[gone].sum():,.4g} target units "
-                              "have nobody to be weighted. With lam > 0 the others stand in for them.", clusters=list(study.labels[gone]))
-    return solve_softcal(study.x[part.rows], part.starts, part.mean, part.total, part.sizes[part.present], lam * part.scale, loss=loss, form=form, base=part.base, bounds=bounds,
-                         names=study.names, labels=study.labels[part.present])
+        raise InfeasibleError(f"lam=0 asks for the exact total of every cluster, but {counted(len(gone), 'cluster')} ({listed(study.labels[gone])}) "
+                              f"with {part.sizes[gone].sum():,.4g} target units have nobody to be weighted. With lam > 0 others stand in for them.",
+                              clusters=list(study.labels[gone]))
+    return solve_softcal(study.x[part.rows], part.starts, part.mean, part.total, part.sizes[part.present], lam * part.scale, loss=loss, form=form,
+                         base=part.base, bounds=bounds, names=study.names, labels=study.labels[part.present])
 
 
 def _mixed(study: Study, part: _Part, y: np.ndarray):
@@ -312,7 +331,8 @@ def _mixed(study: Study, part: _Part, y: np.ndarray):
 def _ratio(study: Study, part: _Part) -> float:
     "σ²_e/σ²_u by REML, infinite if nothing lies between clusters."
     if study.outcome is None:
-        raise InputError("lam='auto' reads the outcome, and the study has none. Give a number: the variance within clusters over that between, for example 20.")
+        raise InputError("lam='auto' reads the outcome, and the study has none. Give a number: the variance within clusters over that between, "
+                         "for example 20.")
     fit = _mixed(study, part, study.outcome)[0]
     return float(fit.within / fit.between) if fit.between > 0 else np.inf
 
@@ -336,40 +356,51 @@ def _lams(study: Study, lam, options: Mapping) -> dict[str, float]:
         return {name: _ratio(study, _part(study, options["estimand"], name, options["loss"], options["cluster_weight"])) for name in names}
     if lam == "cross-fitted":
         return cross_fitted_lam(study, **options).best
-    raise InputError(f"lam={lam!r} must be a number, 0 or more, 'auto', 'cross-fitted', or a number for each weighted arm. Small values bind clusters, large ones ignore them.")
+    raise InputError(f"lam={lam!r} must be a number, 0 or more, 'auto', 'cross-fitted', or a number for each weighted arm. Small values bind "
+                     "clusters, large ones ignore them.")
 
 
 def _check_use(study: Study, estimand: str, loss: str) -> None:
     if study.totals is not None:
-        raise EstimationError("Population totals have no clusters, so nothing says how large each cluster should become. Use balancing_weights, or solve_softcal with the sizes of clusters.")
+        raise EstimationError("Population totals have no clusters, so nothing says how large each cluster should become. Use balancing_weights, or "
+                              "solve_softcal with the sizes of clusters.")
     if loss == "maximum entropy" and estimand in ("ATT", "ATC"):
-        raise InputError(f"loss='maximum entropy' makes every weight larger than 1, as inverse probabilities are; the weights for the {estimand} are odds, which may be below 1. Use 'entropy'.")
+        raise InputError(f"loss='maximum entropy' makes every weight larger than 1, as inverse probabilities are; the weights for the {estimand} are "
+                         "odds, which may be below 1. Use 'entropy'.")
 
 
-@method("softcal", "Soft calibration", outcome_model="covariates and clusters", source="Gao, C., Yang, S. & Kim, J. K. (2023). Soft calibration for selection bias problems under mixed-effects "
-        "models. Biometrika 110, 897–911.")
-def softcal_weights(study: Study, lam: float | str | Mapping[str, float] = "auto", *, estimand: str | None = None, loss: str = "entropy", form: str = "penalised",
-                    bounds: tuple[float, float] = (0, np.inf), cluster_weight: str = "units") -> Weights:
+@method("softcal", "Soft calibration", outcome_model="covariates and clusters",
+        source="Gao, C., Yang, S. & Kim, J. K. (2023). Soft calibration for selection bias problems under mixed-effects models. "
+               "Biometrika 110, 897–911.")
+def softcal_weights(study: Study, lam: float | str | Mapping[str, float] = "auto", *, estimand: str | None = None, loss: str = "entropy",
+                    form: str = "penalised", bounds: tuple[float, float] = (0, np.inf), cluster_weight: str = "units") -> Weights:
     """Units weighted to their target with covariates balanced exactly and the totals of clusters approximately.
 
-    lam : γ, the variance of the outcome within clusters over that between; "auto": estimated by REML among the units weighted; "cross-fitted": the best on `cross_fitted_lam`'s grid; 0: exact totals;
-    infinity: clusters ignored; or a number for each weighted arm. estimand : "ATT" (default), "ATC", "ATE"; in a survey "mean" (default) or "total" (respondents to the full sample). loss : "entropy" (default), "squared",
-    "empirical likelihood", "logit" (with bounds), or "maximum entropy" (weights above 1; not for the ATT and ATC). form : "penalised" (default) or "adjusted", the paper's. bounds : of weights, not below 0, as multiples of
-    the base weight scaled to the target's total (maximum entropy: of the sampling weight); with the squared loss the default truncates at 0. cluster_weight : "units" or "clusters", whether each target unit or each cluster counts the same.
+    lam : γ, the variance of the outcome within clusters over that between; "auto": estimated by REML among the units weighted; "cross-fitted":
+    the best on `cross_fitted_lam`'s grid; 0: exact totals; infinity: clusters ignored; or a number for each weighted arm. estimand : "ATT"
+    (default), "ATC", "ATE"; in a survey "mean" (default) or "total" (respondents to the full sample). loss : "entropy" (default), "squared",
+    "empirical likelihood", "logit" (with bounds), or "maximum entropy" (weights above 1; not for the ATT and ATC). form : "penalised" (default)
+    or "adjusted", the paper's. bounds : of weights, not below 0, as multiples of the base weight scaled to the target's total (maximum entropy:
+    of the sampling weight); with the squared loss the default truncates at 0. cluster_weight : "units" or "clusters", whether each target unit or
+    each cluster counts the same.
 
-    Clusters without units to be weighted stay in the target: others stand in for them, which takes a model without a level for each cluster of its own. Raises `InfeasibleError`, naming covariates or clusters, if no weights meet the demands.
-    Source: Gao, Yang & Kim (2023), Eqs. 4, 6, 7 and 10 to 12."""
+    Clusters without units to be weighted stay in the target: others stand in for them, which takes a model without a level for each cluster of
+    its own. Raises `InfeasibleError`, naming covariates or clusters, if no weights meet the demands. Source: Gao, Yang & Kim (2023), Eqs. 4, 6, 7
+    and 10 to 12."""
     _check_use(study, estimand, loss)
     lams = _lams(study, lam, {"estimand": estimand, "loss": loss, "form": form, "bounds": bounds, "cluster_weight": cluster_weight})
 
     def one_arm(arm):
         return _solve(study, _part(study, estimand, arm.name, loss, cluster_weight), lams[arm.name], loss, form, bounds)
-    params = {"lam": lams if len(lams) > 1 else next(iter(lams.values())), "estimand": estimand, "loss": loss, "form": form, "bounds": bounds, "cluster_weight": cluster_weight}
+    params = {"lam": lams if len(lams) > 1 else next(iter(lams.values())), "estimand": estimand, "loss": loss, "form": form, "bounds": bounds,
+              "cluster_weight": cluster_weight}
     return weigh(study, "softcal", one_arm, params, within=False)
 
 # %% ../nbs/15_softcal.ipynb #54e5b21e
 def _levels(part: _Part, w: np.ndarray, y: np.ndarray, x: np.ndarray, loss: Loss, lam: float, clusters: int) -> tuple[np.ndarray, np.ndarray]:
-    "Coefficients (d + 1,), the intercept first, and levels (K,) of the regression of y that weights depend on: Σ d g''(z) (y − x'b − u)² + λ Σ u². w, y : (m,) over base weights; x : (m, d)."
+    """Coefficients (d + 1,), the intercept first, and levels (K,) of the regression that weights depend on: min Σ d g''(z) (y − x'b − u)² + λ Σ u².
+
+    w : (m,) weights over base weights. y : (m,). x : (m, d)."""
     v = part.base * loss.curvature(w)
     columns = np.column_stack([np.ones(len(x)), x - part.mean])
     arrow = _Arrow(columns, v, part.starts, np.full(len(part.present), lam * part.scale))
@@ -381,7 +412,8 @@ def _levels(part: _Part, w: np.ndarray, y: np.ndarray, x: np.ndarray, loss: Loss
 
 @dataclass(frozen=True, eq=False)
 class LamCurve:
-    "Cross-fitted mean squared error. table : one row for each arm and γ: arm, lam, bias2, variance, mse. start, best : γ* and the best γ by arm. root : √(n/q) by arm; γ should be well below it."
+    """Cross-fitted mean squared error. table : one row for each arm and γ: arm, lam, bias2, variance, mse. start, best : γ* and the best γ by arm.
+    root : √(n/q) by arm; γ should be well below it."""
     table: pd.DataFrame
     start: dict[str, float]
     best: dict[str, float]
@@ -393,7 +425,8 @@ class LamCurve:
             import matplotlib.pyplot as plt
             _, ax = plt.subplots(figsize=(6, 3.4), layout="constrained")
         for (arm, own), style in zip(self.table.groupby("arm", sort=False), ["-", "--"]):
-            ax.plot(own["lam"], own["mse"], style, marker=".", color="black", label=f"{arm}: best γ = {self.best[arm]:.3g}, REML {self.start[arm]:.3g}")
+            ax.plot(own["lam"], own["mse"], style, marker=".", color="black",
+                    label=f"{arm}: best γ = {self.best[arm]:.3g}, REML {self.start[arm]:.3g}")
             ax.plot(self.best[arm], own["mse"].min(), "o", color="black", markerfacecolor="white", markersize=9)
             ax.axvline(self.root[arm], color="grey", linestyle=":", linewidth=1)
         ax.set(xscale="log", yscale="log", xlabel="γ (dotted: √(n/q))", ylabel="cross-fitted mean squared error")
@@ -411,7 +444,8 @@ def _fold_errors(study: Study, part: Callable, fold: np.ndarray, k: int, lam: fl
     level = np.full(study.n_clusters, c2.mean())
     level[rest.present] = c2
     x, y, count = study.x[held.rows], study.outcome[held.rows], fold.max() + 1
-    w = np.clip(loss.weight(np.minimum(c1[0] + x @ c1[1:] + level[study.cluster[held.rows]], 0.99 if options["loss"] == "empirical likelihood" else np.inf)), low, high)
+    z = c1[0] + x @ c1[1:] + level[study.cluster[held.rows]]
+    w = np.clip(loss.weight(np.minimum(z, 0.99) if options["loss"] == "empirical likelihood" else z), low, high)
     weight = w * rest.scale * study.sampling_weights[held.rows]
     b, u = _levels(rest, solution.weights / rest.base, study.outcome[rest.rows], study.x[rest.rows], loss, lam, study.n_clusters)
     fixed = y - b[0] - x @ b[1:]
@@ -419,12 +453,14 @@ def _fold_errors(study: Study, part: Callable, fold: np.ndarray, k: int, lam: fl
     return (count / whole * weight @ (y - center)) ** 2, (count / whole) ** 2 * (weight**2 @ eta**2 + weight @ fixed**2)
 
 
-def cross_fitted_lam(study: Study, *, estimand: str | None = None, loss: str = "entropy", form: str = "penalised", bounds: tuple[float, float] = (0, np.inf), cluster_weight: str = "units",
+def cross_fitted_lam(study: Study, *, estimand: str | None = None, loss: str = "entropy", form: str = "penalised",
+                     bounds: tuple[float, float] = (0, np.inf), cluster_weight: str = "units",
                      grid: Sequence[float] = tuple(10.0 ** np.arange(-5, 6)), n_folds: int = 5, seed: int | np.random.Generator = 0) -> LamCurve:
     """The cross-fitted mean squared error of soft calibration over γ* × grid, γ* the REML ratio (the arm's size, if that is infinite).
 
-    estimand, loss, form, bounds, cluster_weight : as in `softcal_weights`. n_folds : 2 or more; units of each cluster are dealt out to all folds. seed : of the dealing.
-    Values of γ at which a fold has no solution are left out. Raises `EstimationError` if none is left. Source: Gao, Yang & Kim (2023), section 3.2."""
+    estimand, loss, form, bounds, cluster_weight : as in `softcal_weights`. n_folds : 2 or more; units of each cluster are dealt out to all folds.
+    seed : of the dealing. Values of γ at which a fold has no solution are left out. Raises `EstimationError` if none is left. Source: Gao, Yang &
+    Kim (2023), section 3.2."""
     if not (isinstance(n_folds, Integral) and n_folds >= 2):
         raise InputError(f"n_folds={n_folds!r} must be a whole number, 2 or more.")
     estimand = canonical_estimand(estimand, METHODS["softcal"], study)
@@ -451,8 +487,9 @@ def cross_fitted_lam(study: Study, *, estimand: str | None = None, loss: str = "
     return LamCurve(pd.DataFrame(rows), start, best, root)
 
 # %% ../nbs/15_softcal.ipynb #a2d16373
-def _first_order(study: Study, part: _Part, in_order: np.ndarray, y: np.ndarray, lam: float, loss: Loss, printed: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "Contributions ψ (K,), residuals η (n,), and predictions x'b (n,) for one weighted arm. printed : Corollary 1 as published."
+def _first_order(study: Study, part: _Part, in_order: np.ndarray, y: np.ndarray, lam: float, loss: Loss,
+                 printed: bool) -> tuple[np.ndarray, np.ndarray]:
+    "Contributions ψ (K,) and residuals η (n,) of one weighted arm. printed : Corollary 1 as published."
     n, k, own = study.n, study.n_clusters, np.zeros(study.n, dtype=bool)
     own[part.rows] = True
     w, x = in_order[part.rows] / part.base, study.x[part.rows]
@@ -467,7 +504,7 @@ def _first_order(study: Study, part: _Part, in_order: np.ndarray, y: np.ndarray,
         shift = np.zeros(k)
         shift[part.present] = moved
         goal, rest = fixed + (u - shift)[study.cluster] - slopes[0] - (study.x - part.mean) @ slopes[1:], eta
-    return cluster_sums(part.target * goal + np.where(own, in_order, 0.0) * rest, study.starts), eta, fixed
+    return cluster_sums(part.target * goal + np.where(own, in_order, 0.0) * rest, study.starts), eta
 
 
 def _blup(study: Study, part: _Part, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
@@ -478,12 +515,15 @@ def _blup(study: Study, part: _Part, y: np.ndarray) -> tuple[np.ndarray, np.ndar
     return fit.coef[0] + study.x[:, columns] @ fit.coef[1:] + levels[study.cluster], levels, fit.between
 
 # %% ../nbs/15_softcal.ipynb #a84fe811
-def softcal_estimate(weights: Weights, outcome=None, *, vcov: str = "clusters", bias_corrected: bool = False, fraction: float = 0.0, penalised: bool = True) -> Estimate:
+def softcal_estimate(weights: Weights, outcome=None, *, vcov: str = "clusters", bias_corrected: bool = False, fraction: float = 0.0,
+                     penalised: bool = True) -> Estimate:
     """The mean, total or effect under soft calibration weights, with a standard error that knows their penalty.
 
-    outcome : the name of one of the study's outcomes; default: the first. vcov : "clusters" (clusters were drawn) or "sample" (of a survey; only responding is chance). bias_corrected : subtract the imbalance of clusters times
-    their predicted levels (BLUP by REML). fraction : the share of all clusters that was drawn, if without replacement; 0 for with replacement or few of many. penalised : False for Corollary 1 as published, which covers too rarely; for comparison.
-    `explain()` of the result reports γ, √(n/q) and the bias term. Raises `InputError` for weights of other methods. Source: Gao, Yang & Kim (2023), Theorem 2 and Corollary 1, changed as said in the chapter."""
+    outcome : the name of one of the study's outcomes; default: the first. vcov : "clusters" (clusters were drawn) or "sample" (of a survey; only
+    responding is chance). bias_corrected : subtract the imbalance of clusters times their predicted levels (BLUP by REML). fraction : the share
+    of all clusters that was drawn, if without replacement; 0 for with replacement or few of many. penalised : False for Corollary 1 as published,
+    which covers too rarely; for comparison. `explain()` of the result reports γ, √(n/q) and the bias term. Raises `InputError` for weights of
+    other methods. Source: Gao, Yang & Kim (2023), Theorem 2 and Corollary 1, changed as said in the chapter."""
     study, estimand, params = weights.study, weights.estimand, weights.params
     if weights.method != "softcal":
         raise InputError(f"softcal_estimate is for soft calibration weights; those of {weights.label!r} have .estimate().")
@@ -509,7 +549,7 @@ def softcal_estimate(weights: Weights, outcome=None, *, vcov: str = "clusters", 
         else:
             part = _part(study, estimand, arm, params["loss"], params["cluster_weight"])
             lam = params["lam"][arm] if isinstance(params["lam"], dict) else params["lam"]
-            parts, eta, _ = _first_order(study, part, weights.in_order, y, lam, loss, not penalised)
+            parts, eta = _first_order(study, part, weights.in_order, y, lam, loss, not penalised)
             fitted, levels, between = _blup(study, part, y)
             miss = cluster_sums(w, study.starts) - part.sizes
             bias = miss @ levels / part.total
@@ -517,7 +557,8 @@ def softcal_estimate(weights: Weights, outcome=None, *, vcov: str = "clusters", 
             if bias_corrected:
                 parts = cluster_sums(part.target * fitted + w * (y - fitted), study.starts)
             variance = ((w * (w - study.sampling_weights)) @ eta**2 + between * miss @ miss) / part.total**2
-            reasons.append(f"{arm}: γ = {lam:.4g}; √(n/q) = {np.sqrt(len(part.rows) / len(part.present)):.3g}; imbalance of clusters times their predicted levels {bias:.3g}" + (", subtracted." if bias_corrected else "."))
+            reasons.append(f"{arm}: γ = {lam:.4g}; √(n/q) = {np.sqrt(len(part.rows) / len(part.present)):.3g}; imbalance of clusters times their "
+                           f"predicted levels {bias:.3g}" + (", subtracted." if bias_corrected else "."))
         psi += sign * parts
         sizes, total = (part.sizes, part.total) if arm in WEIGHTED_ARMS[estimand] else (cluster_sums(w, study.starts), w.sum())
     value = means["respondents"] if survey else means["treated"] - means["controls"]
@@ -528,6 +569,7 @@ def softcal_estimate(weights: Weights, outcome=None, *, vcov: str = "clusters", 
     if not variance > 0:
         raise EstimationError("There is no variation left for a standard error.")
     scale = total * study.weight_scale if estimand == "total" else 1.0
-    said = {"clusters": "counts clusters as drawn", "sample": "only responding counts as chance"}[vcov] + ("; corrected for the imbalance of clusters" if bias_corrected else "")
+    said = {"clusters": "counts clusters as drawn", "sample": "only responding counts as chance"}[vcov]
+    said += "; corrected for the imbalance of clusters" if bias_corrected else ""
     return Estimate(float(scale * value), float(scale * np.sqrt(variance)), *(() if survey else (float(means["treated"]), float(means["controls"]))),
                     df=k - 1.0 if vcov == "clusters" else np.inf, term=estimand, vcov=said, reasons=tuple(reasons))
