@@ -2,7 +2,8 @@
 
 Run: python benchmarks/softcal_simulation.py [--reps 200] [--jobs 2]. Writes benchmarks/softcal_simulation.md.
 
-Thirty clusters of 200; the target is the mean of the superpopulation. Published: Table 3 (500 replicates). Replication: an independent one with 200 replicates and its Monte Carlo error. The two estimators of other packages are left out."""
+Thirty clusters of 200; the target is the mean of the superpopulation. Published: Table 3 (500 replicates). Replication: an independent one with 200 replicates and its Monte Carlo error. The two estimators of other packages are left out. Weights of the squared loss (SQ) are truncated at 0, the package's default.
+IPW is the Horvitz–Thompson mean. "sample's mean": how often the interval that counts only responding as chance covers the mean of all units. Panel D is not held against the replication: its published bias of SQ did not reproduce, its message did."""
 
 import argparse
 import time

@@ -429,7 +429,7 @@ class LamCurve:
                     label=f"{arm}: best γ = {self.best[arm]:.3g}, REML {self.start[arm]:.3g}")
             ax.plot(self.best[arm], own["mse"].min(), "o", color="black", markerfacecolor="white", markersize=9)
             ax.axvline(self.root[arm], color="grey", linestyle=":", linewidth=1)
-        ax.set(xscale="log", yscale="log", xlabel="γ (dotted: √(n/q))", ylabel="cross-fitted mean squared error")
+        ax.set(xscale="log", xlabel="γ (dotted: √(n/q))", ylabel="cross-fitted mean squared error")
         ax.legend(fontsize="small", frameon=False)
         ax.spines[["top", "right"]].set_visible(False)
         return ax

@@ -147,6 +147,42 @@ def test_the_unit_of_weights_does_not_matter(loss):
     assert_allclose(solve_softcal(**big, lam=times * lam, loss=loss).weights, times * solve_softcal(**p, lam=lam, loss=loss).weights, rtol=1e-9)
 
 
+def test_scaling_base_weights_keeps_what_lam_means():
+    "By the squared loss, with weights that stay positive: base weights as they are give the same as base weights scaled to the target's total."
+    s = survey(sampling_weights="people", covs="x1")
+    own = s.treat
+    w = cw.softcal_weights(s, lam=7.0, loss="squared", bounds=(0, np.inf))
+    assert w.in_order[own].min() > 0
+    base, target = s.sampling_weights[own], s.sampling_weights
+    raw = solve_softcal(s.x[own], np.r_[0, np.cumsum(s.n_treated)], target @ s.x / s.n, s.n, cluster_sums(target, s.starts), 7.0, loss="squared", base=base)
+    assert_allclose(w.in_order[own], raw.weights, rtol=1e-9)
+
+
+def test_variance_among_the_units_at_hand_by_hand():
+    s = survey()
+    own = s.treat
+    w = cw.softcal_weights(s, lam=30.0, loss="squared")
+    from clusterweights.mixed import fit_linear_mixed
+    y, starts = s.outcome[own], np.r_[0, np.cumsum(s.n_treated)]
+    design = np.column_stack([np.ones(own.sum()), s.x[own], s.cluster[own, None] == np.arange(30)])
+    eta = y - design @ np.linalg.solve(design.T @ design + np.diag(np.r_[np.zeros(3), np.full(30, 30.0)]), design.T @ y)
+    miss = cluster_sums(w.in_order, s.starts) - np.diff(s.starts)
+    v = w.in_order[own]
+    expected = (v * (v - 1)) @ eta**2 + fit_linear_mixed(s.x[own], y, starts).between * miss @ miss
+    assert_allclose(cw.softcal_estimate(w, vcov="sample").std_error, np.sqrt(expected) / s.n, rtol=1e-8)
+
+
+def test_bootstrap_and_compare_know_the_method():
+    s = survey()
+    table = cw.compare(s, ["unadjusted", "softcal"]).table
+    assert_allclose(table.loc["softcal", "estimate"], cw.softcal_weights(s).estimate().estimate)
+    w = cw.softcal_weights(s)
+    drawn = w.bootstrap(replicates=60, progress=False)
+    assert 0.6 < drawn.summary().frame["std_error"].iloc[0] / cw.softcal_estimate(w).std_error < 1.5
+    assert set(w.params) == {"lam", "estimand", "loss", "form", "bounds", "cluster_weight"}
+    np.testing.assert_array_equal(w.refit(s).weights, w.weights)
+
+
 def test_lam_and_its_choice():
     s = survey()
     own = s.treat
@@ -168,8 +204,11 @@ def test_lam_and_its_choice():
             cw.softcal_weights(s, lam=lam)
     with pytest.raises(InputError, match="n_folds"):
         cw.cross_fitted_lam(s, n_folds=1)
-    flat = cw.Study.survey(cluster_missing_data(1, level=0.0).assign(outcome=lambda f: f["outcome"]), outcome="outcome", cluster="cluster", covs=["x1", "x2"])
-    assert np.isinf(cw.softcal_weights(flat, lam=np.inf).params["lam"])
+    flat = cluster_missing_data(1, level=0.0)
+    level = (flat["outcome"] - flat["x1"] - flat["x2"]).groupby(flat["cluster"]).transform("mean")
+    flat = cw.Study.survey(flat.assign(outcome=flat["outcome"] - level), outcome="outcome", cluster="cluster", covs=["x1", "x2"])
+    w = cw.softcal_weights(flat)
+    assert np.isinf(w.params["lam"]) and cw.softcal_estimate(w, penalised=False).std_error > 0     # nothing between clusters
 
 
 def test_estimates():
@@ -231,5 +270,4 @@ def test_many_clusters_are_fast_and_small():
         found = solve_softcal(x, starts, wanted @ x / wanted.sum(), wanted.sum(), sizes, lam, loss="maximum entropy")
         times.append(time.perf_counter() - begin)
         assert found.certificate.ok
-    print(times)
     assert min(times) < 3.0                                   # far below what any K × K matrix would take
