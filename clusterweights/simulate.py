@@ -19,7 +19,7 @@ from .study import Study
 
 # %% auto #0
 __all__ = ['framework_data', 'sample_att', 'simulated_study', 'MonteCarlo', 'ReplicateError', 'monte_carlo', 'education_data',
-           'surgery_data', 'summer_school_data', 'make_clustered_data']
+           'surgery_data', 'summer_school_data', 'make_clustered_data', 'cluster_missing_data']
 
 # %% ../nbs/03_simulate.ipynb #19dbc13e
 def _treatment_logit(x: np.ndarray) -> np.ndarray:
@@ -400,3 +400,24 @@ def make_clustered_data(seed: int | np.random.Generator, n_clusters: int = 10, c
     y1 = y0.mean() + tau + 2 / 3 * (y0 - y0.mean())
     treat = (rng.permutation(n_clusters) < n_clusters // 2).astype(int)[cluster]
     return pd.DataFrame({"cluster": cluster, "treat": treat, "outcome": np.where(treat == 1, y1, y0), "y0": y0, "y1": y1})
+
+# %% ../nbs/03_simulate.ipynb #9d3df56c
+def cluster_missing_data(seed: int | np.random.Generator, *, level: float = 0.5, selection: float = 1.0, n_clusters: int = 30, cluster_size: int = 200,
+                         curved: bool = False) -> pd.DataFrame:
+    """A survey with answers missing by covariates and an unseen level of the cluster.
+
+    seed : int or Generator. level, selection : λ₁ and λ₂, what the cluster's level does to the outcome and to the log-odds of answering. n_clusters, cluster_size : as sampled. curved : whether the outcome bends in the covariates.
+    Returns one row per unit, sorted by cluster, with `cluster, x1, x2, outcome` (missing for those who did not answer) and the truth `y` and `propensity`. The mean of y is 0 in expectation, if curved 1.1875.
+    Source: Gao, Yang & Kim (2023), section 4, where z_i is the level a_i of the outcome."""
+    _require(n_clusters >= 1 and cluster_size >= 1, f"n_clusters={n_clusters!r} and cluster_size={cluster_size!r} must be at least 1.")
+    rng = np.random.default_rng(seed)
+    cluster = np.repeat(np.arange(n_clusters), cluster_size)
+    n, a = len(cluster), rng.normal(size=n_clusters)[cluster]
+    x1, x2 = rng.uniform(-0.75, 0.75, n), rng.normal(size=n)
+    y = x1 + x2 + level * a + rng.normal(size=n)
+    if curved:
+        m1, s1 = np.sinh(0.75) / 0.75, np.sqrt(np.sinh(1.5) / 1.5 - (np.sinh(0.75) / 0.75) ** 2)
+        m2, s2 = np.exp(0.5), np.sqrt(np.e**2 - np.e)
+        y += x1**2 + x2**2 + 0.1 * (np.exp(x1) - m1) / s1 + 0.1 * (np.exp(x2) - m2) / s2
+    propensity = _expit(-0.25 + x1 + x2 + selection * a)
+    return pd.DataFrame({"cluster": cluster, "x1": x1, "x2": x2, "outcome": np.where(rng.random(n) < propensity, y, np.nan), "y": y, "propensity": propensity})

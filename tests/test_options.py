@@ -12,7 +12,7 @@ OTHER = {
     "lam": (5.0, lambda w: w.weights),
     "estimand": ("ATC", lambda w: w.weights),
     "tolerance": (0.02, lambda w: w.weights),
-    "bounds": ((0.1, np.inf), lambda w: w.weights),
+    "bounds": ({"balancing": (0.1, np.inf), "hierarchical": (0.1, np.inf), "mundlak": (0.1, np.inf), "softcal": (0.6, np.inf)}, lambda w: w.weights),
     "max_share": ({"balancing": 0.009, "hierarchical": 0.3, "mundlak": 0.02}, lambda w: w.weights),
     "cluster_weight": ("clusters", lambda w: w.weights),
     "target": (lambda frame: frame[::2], lambda w: w.weights),
@@ -27,6 +27,8 @@ OTHER = {
     "penalty": (1.0, lambda w: w.weights),
     "slopes": (["age"], lambda w: w.weights),
     "nodes": (1, lambda w: w.weights),
+    "loss": ("squared", lambda w: w.weights),
+    "form": ("adjusted", lambda w: w.weights),
 }
 TOGETHER_WITH = {"target": {"estimand": "ATE"}, "penalty": {"model": "fixed"}, "slopes": {"model": "random coefficients"}}
 
