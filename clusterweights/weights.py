@@ -616,7 +616,9 @@ def _reasons(weights: Weights, vcov: str, asked: str, model: OutcomeModel) -> tu
         steps = [f"{treat} never varies within {clusters}: whole clusters were treated, so chance has one draw for each of {len(study.labels):,} clusters, and the standard error must count them."]
     else:
         steps = [f"{treat} varies within {clusters}: units were treated one by one. For the units at hand, the standard error need not count clusters if weights compare within them."]
-        if "clusters" not in own:
+        if own == "covariates and cluster means":
+            steps.append(f"{weights.label} compares across clusters that are alike in their statistics. What clusters have in common beyond these stays in the contrast, as a bias that no standard error covers.")
+        elif "clusters" not in own:
             steps.append(f"{weights.label} does not: what clusters have in common stays in the contrast. That is a bias first, which no standard error covers; compare within clusters, or "
                          "see how far vcov='CR2' moves the interval.")
     steps.append({"residualised": "The estimate speaks of the units at hand. Each unit's deviation from the outcome model of its own arm counts.",
