@@ -184,7 +184,7 @@ def propensity_scores(study: Study, model="random intercept", *, penalty: float 
 
     model : "none", "fixed", "random intercept" (default), "random coefficients", "stratified"; a classifier with fit and predict_proba, cross-fitted in five folds within clusters; or scores, one for each row of the data.
     penalty : κ ≥ 0, on levels ("fixed") or slopes ("stratified"). slopes : names of the covariates with random coefficients (default: all that vary within clusters). nodes : of the quadrature for random intercepts
-    (default 25; 1 is Laplace's approximation). Sampling weights count in the likelihood of "none", "fixed" and "stratified"; models with random effects describe the sample as it is.
+    (default 25; 1 is Laplace's approximation). Sampling weights count in the likelihood of every model.
     Raises `EstimationError` for separation, with the covariates, and if no cluster has both arms; warns if a fit does not converge.
     Source: Ben-Michael, Feller & Keele (2026), section 4.1."""
     if not isinstance(study, Study) or study.level == "survey":
@@ -211,11 +211,12 @@ def _fitted(study: Study, model: str, reason: np.ndarray, penalty: float, slopes
     if model == "none":
         return Propensity(study, fit_levels(x, z, np.array([0, study.n]), weights=s, names=names), reason, model)
     varying = [name for name in names if name not in study.constant_within]
+    own = s if np.ptp(s) > 0 else None
     if model == "random intercept":
-        fit = fit_logistic_mixed(x, z, study.starts, nodes=nodes, names=names)
+        fit = fit_logistic_mixed(x, z, study.starts, nodes=nodes, weights=own, names=names)
         return Propensity(study, fit.fitted, reason, model, fit)
     if model == "random coefficients":
-        fit = fit_logistic_mixed(x, z, study.starts, slopes=varying if slopes is None else slopes, off_boundary=True, names=names)
+        fit = fit_logistic_mixed(x, z, study.starts, slopes=varying if slopes is None else slopes, off_boundary=True, weights=own, names=names)
         return Propensity(study, fit.fitted, reason, model, fit)
     if model == "stratified" or penalty == 0:
         reason = _one_armed(study, np.ones(study.n, dtype=bool))

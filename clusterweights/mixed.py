@@ -329,12 +329,13 @@ def _hermite(nodes: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class _Data:
-    "Treatment and covariates with clusters in order of size. x : (n, p), sign : (n,) ±1."
+    "Treatment and covariates with clusters in order of size. x : (n, p), sign : (n,) ±1, weight : (n,) how often each unit counts."
 
-    def __init__(self, x: np.ndarray, z: np.ndarray, starts: np.ndarray):
+    def __init__(self, x: np.ndarray, z: np.ndarray, starts: np.ndarray, weights: np.ndarray | None = None):
         self.order, self.first, self.units, self.buckets = by_size(starts)
         self.sizes, self.k = np.diff(self.first), len(starts) - 1
         self.x, self.sign = x[self.units], np.where(z, 1.0, -1.0)[self.units]
+        self.weight = np.ones(len(self.units)) if weights is None else weights[self.units]
 
     def sums(self, v: np.ndarray) -> np.ndarray: return cluster_sums(v, self.first)
     def spread(self, v: np.ndarray) -> np.ndarray: return np.repeat(v, self.sizes, axis=0)
@@ -362,8 +363,8 @@ class _Modes:
 class _RandomIntercept(_Data):
     "The log-likelihood as a function of theta = (β, σ), by quadrature. prior : what is added, times log σ."
 
-    def __init__(self, x: np.ndarray, z: np.ndarray, starts: np.ndarray, prior: float = 0.0):
-        super().__init__(x, z, starts)
+    def __init__(self, x: np.ndarray, z: np.ndarray, starts: np.ndarray, prior: float = 0.0, weights: np.ndarray | None = None):
+        super().__init__(x, z, starts, weights)
         self.v, self.prior = np.zeros(self.k), prior
         self.diagonal = self.scales = np.array([x.shape[1]])
         self.guided = 2                                       # steps after which gradients correct the curvature
@@ -373,8 +374,8 @@ class _RandomIntercept(_Data):
         cut = 2 / max(abs(sigma), 1e-3)
         for _ in range(_MOST_INNER):
             q = _response(self.sign * (eta + sigma * self.spread(v)))[1]
-            w = q * (1 - q)
-            residuals, weights = self.sums(self.sign * q), self.sums(w)
+            w = self.weight * q * (1 - q)
+            residuals, weights = self.sums(self.weight * self.sign * q), self.sums(w)
             h = 1 + sigma**2 * weights
             step = (sigma * residuals - v) / h
             if np.abs(step).max() < _INNER:
@@ -411,13 +412,13 @@ def at_nodes(self: _RandomIntercept, theta: np.ndarray, modes: _Modes, nodes: in
     for rows, clusters in _chunks(self.first, (1 << 17) // nodes):
         local = self.first[clusters.start:clusters.stop + 1] - rows.start
         v = modes.v[clusters, None] + np.sqrt(2 / modes.h[clusters, None]) * t
-        sign = self.sign[rows, None]
+        sign, weight = self.sign[rows, None], self.weight[rows, None]
         logs, q = _response(sign * (modes.eta[rows, None] + theta[-1] * np.repeat(v, np.diff(local), axis=0)))
-        logs = log_weight + cluster_sums(logs, local) - v**2 / 2
+        logs = log_weight + cluster_sums(weight * logs, local) - v**2 / 2
         top = logs.max(axis=1)
         share = np.exp(logs - top[:, None])
         total = share.sum(axis=1)
-        q *= sign
+        q *= sign * weight
         log_integral = top + np.log(total) - np.log(np.pi * modes.h[clusters]) / 2
         yield _Nodes(rows, clusters, local, v, share / total[:, None], cluster_sums(q, local), q, log_integral)
 
@@ -458,8 +459,9 @@ def information(self: _RandomIntercept, theta: np.ndarray, nodes: int) -> np.nda
     m, p = self.modes(theta), self.x.shape[1]
     out, w, wv = np.zeros((p + 1, p + 1)), np.empty(len(m.eta)), np.empty(len(m.eta))
     for at in self.at_nodes(theta, m, nodes):
-        size = np.abs(at.residuals)
-        weight = size * (1 - size)
+        own = self.weight[at.rows, None]
+        size = np.abs(at.residuals) / own
+        weight = own * size * (1 - size)
         w[at.rows], wv[at.rows] = at.average(weight), at.average(weight * np.repeat(at.v, np.diff(at.local), axis=0))
         out[p, p] += (at.share * at.v**2 * cluster_sums(weight, at.local)).sum()
         scores = np.concatenate([self._scores(at), (at.v * at.sums)[:, :, None]], axis=2)
@@ -644,8 +646,9 @@ class _RandomCoefficients(_Data):
     columns : of x whose coefficients vary. full : whether Λ is triangular, or diagonal. prior : what is added, times the logarithms of Λ's
     diagonal."""
 
-    def __init__(self, x: np.ndarray, z: np.ndarray, starts: np.ndarray, columns: np.ndarray, full: bool, prior: float = 0.0):
-        super().__init__(x, z, starts)
+    def __init__(self, x: np.ndarray, z: np.ndarray, starts: np.ndarray, columns: np.ndarray, full: bool, prior: float = 0.0,
+                 weights: np.ndarray | None = None):
+        super().__init__(x, z, starts, weights)
         self.s, self.r, self.prior = np.ascontiguousarray(self.x[:, columns]), len(columns), prior
         self.row, self.column = np.tril_indices(self.r) if full else (np.arange(self.r),) * 2
         self.diagonal = x.shape[1] + np.flatnonzero(self.row == self.column)
@@ -665,7 +668,7 @@ class _RandomCoefficients(_Data):
         longest = np.sqrt((reach**2).sum(axis=1).max())
         for _ in range(_MOST_INNER):
             logs, q = _response(self.sign * (eta + np.einsum("nr,nr->n", reach, self.spread(v))))
-            w, residuals = q * (1 - q), self.sign * q
+            w, residuals = self.weight * q * (1 - q), self.weight * self.sign * q
             g = self.products(self.s * w[:, None], self.s)
             h = np.eye(self.r) + factor.T @ g @ factor
             sums = self.products(self.s, residuals[:, None])[:, :, 0]
@@ -674,7 +677,7 @@ class _RandomCoefficients(_Data):
                 break
             v = v + step / np.maximum(1, longest * np.linalg.norm(step, axis=1) / 4)[:, None]
         self.v = v
-        return factor, reach, self.sums(logs) - (v**2).sum(axis=1) / 2, residuals, w, sums, g, h
+        return factor, reach, self.sums(self.weight * logs) - (v**2).sum(axis=1) / 2, residuals, w, sums, g, h
 
 
 @patch
@@ -687,7 +690,7 @@ def value(self: _RandomCoefficients, theta: np.ndarray, nodes: int = 1) -> tuple
     for rows, clusters, (k, m) in self.buckets:
         part = reach[rows].reshape(k, m, -1)
         spread[rows] = np.einsum("kmr,kmr->km", part @ inverse[clusters], part).ravel()
-    tilt = w * self.sign * (2 * np.abs(residuals) - 1) * spread
+    tilt = w * self.sign * (2 * np.abs(residuals) / self.weight - 1) * spread
     a = np.einsum("krs,kr->ks", shrunk, self.products(self.s, tilt[:, None])[:, :, 0])
     error = residuals - (tilt - w * np.einsum("nr,nr->n", reach, self.spread(a))) / 2
     slope = self.products(self.s, error[:, None])[:, :, 0].T @ self.v - sums.T @ a / 2 - (g @ shrunk).sum(axis=0)
@@ -876,7 +879,7 @@ def _random_columns(slopes, nodes: int | None, covariance: str | None, names: Se
 
 # %% ../nbs/04_mixed.ipynb #536136ec
 def fit_logistic_mixed(x, z, starts, *, slopes=None, nodes: int | None = None, covariance: str | None = None, off_boundary: bool = False,
-                       names: Sequence[str] | None = None) -> LogisticMixed:
+                       weights=None, names: Sequence[str] | None = None) -> LogisticMixed:
     """Logistic model with random intercepts, or with random intercepts and coefficients, by maximum likelihood.
 
     x : (n, d) covariates without intercept (it is added), z : (n,) 0/1 treatment, sorted by cluster. starts : (K + 1,), cluster g is rows
@@ -884,7 +887,8 @@ def fit_logistic_mixed(x, z, starts, *, slopes=None, nodes: int | None = None, c
     none). nodes : of adaptive Gauss–Hermite quadrature, 1 for Laplace's approximation; 25 by default, and 1 with `slopes`, where nothing
     else is possible. covariance : of intercept and coefficients, "diagonal" (default) or "full"; a diagonal one holds at the means of the
     covariates in `slopes`. off_boundary : add the logarithms of the diagonal of the covariance's Cholesky factor to the log-likelihood,
-    which keeps variances above zero (Chung et al., 2013). names : of the columns of x.
+    which keeps variances above zero (Chung et al., 2013). weights : (n,) > 0, how often each unit counts in its cluster's likelihood (default: once);
+    sampling weights of mean 1 give a pseudo-likelihood, whose standard errors are not to be trusted. names : of the columns of x.
 
     Raises `InputError` for missing values, constant or collinear columns; `EstimationError` for separation, with the covariates, for
     clusters with one arm only throughout, and for too few clusters. Warns `NotConvergedWarning` if the search ended elsewhere than at a
@@ -895,12 +899,13 @@ def fit_logistic_mixed(x, z, starts, *, slopes=None, nodes: int | None = None, c
         design = _design(x, starts, names)
         columns, nodes, full = _random_columns(slopes, nodes, covariance, design.names)
         _check_counts(design.x, starts, columns, full)
+        own = None if weights is None else _positive(weights, "weights", starts[-1])
         beta, prior = _without_levels(design, z), float(off_boundary)
         if slopes is None:
-            model = _RandomIntercept(design.x, z, starts, prior)
+            model = _RandomIntercept(design.x, z, starts, prior, own)
             theta, steps = _maximise_intercept(model, beta, nodes)
         else:
-            model = _RandomCoefficients(design.x, z, starts, columns, full, prior)
+            model = _RandomCoefficients(design.x, z, starts, columns, full, prior, own)
             theta, steps = _maximise_coefficients(model, beta)
         fit = _logistic_result(model, design, theta, columns, nodes, steps)
     if not fit.convergence.ok:

@@ -186,3 +186,10 @@ def test_scales_do_not_matter():
     z, starts = STUDY.treat, STUDY.starts
     for fit in (fit_levels, fit_each):
         assert_allclose(fit(STUDY.x * [1e6, 1e-6] + [1e7, 0], z, starts), fit(STUDY.x, z, starts), atol=1e-7)
+
+
+def test_sampling_weights_count_in_random_effects():
+    weighted = students(sampling_weights="stands_for")
+    fit = fit_logistic_mixed(weighted.x, weighted.treat, weighted.starts, weights=weighted.sampling_weights)
+    assert_allclose(cw.propensity_scores(weighted).scores, fit.fitted, atol=1e-10)
+    assert np.abs(cw.propensity_scores(weighted).scores - cw.propensity_scores(STUDY).scores).max() > 1e-3

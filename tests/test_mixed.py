@@ -491,3 +491,23 @@ def test_linear_algebra_runs_on_one_thread(monkeypatch):
     x, z, _, starts = clustered(1)
     fit_logistic_mixed(x, z, starts)
     assert set(seen) == {1}
+
+
+@pytest.mark.parametrize("options", [{}, {"nodes": 1}, {"slopes": [0, 1], "covariance": "full", "off_boundary": True}])
+def test_a_weight_of_three_is_three_copies(options):
+    rng = np.random.default_rng(12)
+    cluster = np.repeat(np.arange(25), 14)
+    x = rng.normal(size=(350, 2))
+    z = rng.random(350) < 1 / (1 + np.exp(-x[:, 0] - rng.normal(size=25)[cluster] - 0.8 * rng.normal(size=25)[cluster] * x[:, 0]))
+    times = rng.integers(1, 4, size=350)
+    copied = np.repeat(np.arange(350), times)
+    names = ("a", "b")
+    standard = (x - np.average(x, axis=0, weights=times)) / np.sqrt(np.average((x - np.average(x, axis=0, weights=times)) ** 2, axis=0, weights=times))
+    once = mixed.fit_logistic_mixed(standard, z, np.searchsorted(cluster, np.arange(26)), weights=times, names=names, **options)
+    each = mixed.fit_logistic_mixed(standard[copied], z[copied], np.searchsorted(cluster[copied], np.arange(26)), names=names, **options)
+    assert_allclose(once.loglik, each.loglik, rtol=1e-9)
+    assert_allclose(once.coef, each.coef, rtol=2e-4, atol=2e-5)
+    assert_allclose(once.fitted[copied], each.fitted, atol=2e-4)
+    if "slopes" not in options:
+        assert_allclose(once.sd, each.sd, rtol=1e-5)
+        assert_allclose(once.std_error, each.std_error, rtol=1e-4)
