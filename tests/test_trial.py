@@ -545,11 +545,69 @@ def test_no_option_is_silently_ignored():
         cw.trial_power(clusters=10.5, size=20, effect=0.3, icc=0.1)
 
 
-def test_a_shift_of_the_outcome_changes_no_test():
-    trial = uneven(1, treated=4)
+@pytest.mark.parametrize("seed", range(8))
+def test_a_shift_of_the_outcome_changes_no_test(seed):
+    trial = uneven(seed, treated=4)
     far = trial.with_outcome(trial.y * 1e-3 + 1e6)
     for statistic in ("difference", "hajek"):
         assert randomisation_test(far, statistic).p_value == randomisation_test(trial, statistic).p_value
+
+
+def test_variance_in_blocks_by_hand():
+    "Blocks as small trials of their own: their robust variances, weighted by their units."
+    trial = uneven(3, [0, 0, 0, 0, 1, 1, 1, 1])
+    unit_block, variance = np.repeat(trial.block, trial.sizes), 0.0
+    for b in (0, 1):
+        for arm in (True, False):
+            here = trial.y[(unit_block == b) & (trial.treat == arm)]
+            clusters = np.flatnonzero((trial.block == b) & (trial.treated == arm))
+            rest = [(trial.y[trial.starts[j]:trial.starts[j + 1]] - here.mean()).sum() for j in clusters]
+            variance += (unit_block == b).mean() ** 2 * np.square(rest).sum() / len(here) ** 2 * len(clusters) / (len(clusters) - 1)
+    found = trial_effect(trial)
+    assert found.std_error**2 == pytest.approx(variance, abs=1e-12) and found.df == 4
+
+
+def test_des_raj_by_hand():
+    trial = uneven(4, [0, 0, 0, 0, 1, 1, 1, 1])
+    off = trial.totals - 3.0 * (trial.sizes - np.array([trial.sizes[:4].mean(), trial.sizes[4:].mean()])[trial.block])
+    found = trial_effect(trial, "des_raj", slope=3.0)
+    assert found.estimate == pytest.approx((2 * off * np.where(trial.treated, 1, -1)).sum() / len(trial.y), abs=1e-12)
+    spread = sum(16 * off[(trial.block == b) & (trial.treated == arm)].var(ddof=1) / 2 for b in (0, 1) for arm in (True, False))
+    assert found.std_error**2 == pytest.approx(spread / len(trial.y) ** 2, abs=1e-12)
+
+
+def test_drawn_assignments_keep_the_pairs():
+    block = np.array([0, 1, 2, 0, 1, 2])
+    trial = Trial(np.arange(6.0), np.array([1, 1, 1, 0, 0, 0]), np.arange(7), block)
+    seen = []
+    randomisation_test(trial, lambda z, y, starts: seen.append(z.copy()) or z @ y, draws=7)
+    drawn = np.concatenate(seen[1:])
+    assert drawn.shape == (7, 6) and (drawn[:, :3] ^ drawn[:, 3:]).all()
+    seen.clear()
+    larger = Trial(np.arange(80.0), np.arange(80) % 2, np.arange(81), np.arange(80) // 2 % 40)
+    randomisation_test(larger, lambda z, y, starts: seen.append(z.copy()) or z @ y, draws=4000)
+    share = np.concatenate(seen[1:]).mean(axis=0)
+    assert np.abs(share - 0.5).max() < 4.5 * np.sqrt(0.25 / 4000)
+
+
+def test_plan_by_hand():
+    plan = cw.trial_power(clusters=21, size=8, effect=0.5, icc=0.2, sd=3.0, cv=0.6, r2_cluster=0.3, r2_unit=0.1, cluster_covs=2, treated_share=1 / 3)
+    assert plan.std_error**2 == pytest.approx(9 * (0.2 * 0.7 * 1.36 + 0.8 * 0.9 / 8) * (1 / 7 + 1 / 14), abs=1e-12)
+    nc, t = 0.5 / plan.std_error, stats.t.ppf(0.975, 17)
+    assert plan.df == 17 and plan.power == pytest.approx(stats.nct.sf(t, 17, nc) + stats.nct.cdf(-t, 17, nc), abs=1e-9)
+
+
+def test_robust_test_of_the_guide_by_hand():
+    "Its p-values on N − 2 degrees of freedom with the factor (N − 1)/(N − 2), at every level they could be tested."
+    rng = np.random.default_rng(3)
+    trial = Trial(rng.normal(size=12) + np.repeat(np.arange(6) % 3, 2), np.repeat(np.arange(6) < 3, 2), np.arange(7) * 2)
+    p = []
+    for z in every_assignment(trial.block, trial.drawn):
+        one = trial_effect(Trial(trial.y, np.repeat(z, 2), trial.starts), vcov="CR1")
+        p.append(2 * stats.t.sf(abs(one.estimate) / one.std_error / np.sqrt(11 / 10), 10))
+    for level in np.unique(p):
+        for near in (level - 1e-7, level + 1e-7):
+            assert rejection_rates(trial, level=near)["robust, N − 2 df"] == np.mean(np.array(p) <= near)
 
 
 def test_degenerate_outcomes():
