@@ -3,6 +3,7 @@
 __version__ = "0.1.0"
 
 from clusterweights.balancing import balancing_weights
+from clusterweights.by_cluster import ClusterEffects, cluster_effects
 from clusterweights.comparison import Agreement, Comparison, agreement, compare
 from clusterweights.core import (ClusterWeightsError, ClusterWeightsWarning, DroppedUnitsWarning, EstimationError,
                                  FewClustersWarning, InfeasibleError, InputError, NotConvergedWarning, OverlapWarning, SolverError)
@@ -15,8 +16,8 @@ from clusterweights.resampling import Bootstrap, WildClusterTest, bootstrap, wil
 from clusterweights.study import Study
 from clusterweights.weights import Feasibility, Weights, feasibility, unadjusted_weights
 
-__all__ = ["Agreement", "Balance", "Bootstrap", "ClusterWeightsError", "ClusterWeightsWarning", "Comparison", "Decomposition", "DroppedUnitsWarning", "Estimate",
+__all__ = ["Agreement", "Balance", "Bootstrap", "ClusterEffects", "ClusterWeightsError", "ClusterWeightsWarning", "Comparison", "Decomposition", "DroppedUnitsWarning", "Estimate",
            "EstimationError", "Feasibility", "FewClustersWarning", "InfeasibleError", "InputError", "NotConvergedWarning", "OutcomeModel",
-           "OverlapWarning", "SolverError", "Study", "Weights", "WildClusterTest", "agreement", "balance_of", "balancing_weights", "bootstrap",
+           "OverlapWarning", "SolverError", "Study", "Weights", "WildClusterTest", "agreement", "balance_of", "balancing_weights", "bootstrap", "cluster_effects",
            "compare", "decompose", "feasibility", "hierarchical_weights", "ipw_weights", "plot_overlap", "propensity_scores",
            "unadjusted_weights", "wild_cluster_test", "worst_case"]
