@@ -14,15 +14,15 @@ import pandas as pd
 
 from .core import EstimationError, InputError, Table, counted, decimals, interval_plot, listed, nearest
 from .study import Study, cluster_sums
-from .weights import METHODS, WEIGHTED_ARMS, Weights, group_mask, named_outcome, point_estimate, predict_outcomes, target_weights
+from .weights import METHODS, WEIGHTED_ARMS, Weights, group_mask, named_outcome, point_estimate, target_weights
 
 # %% auto #0
-__all__ = ['pooled_variance', 'Pooled', 'pool_effects', 'worst_miss', 'robust_critical_value', 'robust_half', 'effect_kurtosis',
+__all__ = ['within_cells', 'Pooled', 'pool_effects', 'worst_miss', 'robust_critical_value', 'robust_half', 'effect_kurtosis',
            'ClusterEffects', 'cluster_effects']
 
 # %% ../nbs/17_by_cluster.ipynb #6372508f
-def pooled_variance(x: np.ndarray, y: np.ndarray, cell: np.ndarray) -> float:
-    """The residual variance of y on x within cells, without bias if it is the same in all of them.
+def within_cells(x: np.ndarray, y: np.ndarray, cell: np.ndarray) -> tuple[np.ndarray, float]:
+    """The slopes (d,) of y on x within cells, and the residual variance, without bias if it is the same in all of them. A column that does not vary within cells has slope 0.
 
     x : (n, d), y : (n,), cell : (n,) ints, the arm of a cluster that a unit belongs to. Raises `EstimationError` if no degrees of freedom or no variation are left."""
     _, cell, size = np.unique(cell, return_inverse=True, return_counts=True)
@@ -30,15 +30,16 @@ def pooled_variance(x: np.ndarray, y: np.ndarray, cell: np.ndarray) -> float:
     def centred(v):
         return v - (np.bincount(cell, v) / size)[cell]
     y, x = centred(y), np.column_stack([np.zeros(len(y)), *map(centred, x.T)])
-    spread = x.std(axis=0)
-    x = x[:, spread > 1e-10] / spread[spread > 1e-10]
+    slopes, spread, varies = np.zeros(x.shape[1] - 1), x.std(axis=0), x.std(axis=0) > 1e-10
+    x = x[:, varies] / spread[varies]
     beta, _, rank, _ = np.linalg.lstsq(x, y, rcond=1e-10)
     df = len(y) - len(size) - rank
     variance = float(((y - x @ beta) ** 2).sum()) / df if df > 0 else 0.0
     if not variance > 1e-24 * max(1.0, float(np.abs(y).max(initial=0.0)) ** 2):
         raise EstimationError("There is no residual variance to pool: " + ("the arms of the clusters hold too few units for the covariates." if df <= 0 else
                               "the outcome does not vary within the arms of the clusters beyond the covariates."))
-    return variance
+    slopes[varies[1:]] = beta / spread[varies]
+    return slopes, variance
 
 # %% ../nbs/17_by_cluster.ipynb #ae8b3b45
 @dataclass(frozen=True)
@@ -222,19 +223,26 @@ def _why_not(has_target: bool, counts: bool, treated: int, controls: int) -> str
     return arm + (": counts in the estimate only" if counts else ": its target units are left out of the estimate" if has_target else ": no target units")
 
 
-def _by_arm(weights: Weights, y: np.ndarray, bias_corrected: bool) -> pd.DataFrame:
-    "One row a cluster: sizes, effective sizes, share of the target, effect, and why there is none."
+def _predicted(weights: Weights, y: np.ndarray) -> dict[str, np.ndarray]:
+    "(n,) for each weighted arm, what slopes within its part of the clusters say of all units, up to levels of clusters."
+    study, found = weights.study, {}
+    for arm in WEIGHTED_ARMS[weights.estimand]:
+        rows = group_mask(study, arm) & (weights.reason == "")
+        found[arm] = study.x @ within_cells(study.x[rows], y[rows], study.cluster[rows])[0]
+    return found
+
+
+def _by_arm(weights: Weights, y: np.ndarray, predicted: dict[str, np.ndarray]) -> pd.DataFrame:
+    "One row a cluster: sizes, effective sizes, share of the target, effect, and why there is none. predicted : what to correct for, by arm."
     study, arms = weights.study, {"treated": weights.study.treat, "controls": ~weights.study.treat}
     w = {arm: np.where(mask & (weights.reason == ""), weights.in_order, 0.0) for arm, mask in arms.items()}
     groups = WEIGHTED_ARMS[weights.estimand]
     share = cluster_sums(_goal(weights, next(iter(groups.values()))), study.starts)
     has_target = cluster_sums(group_mask(study, next(iter(groups.values()))).astype(int), study.starts) > 0
     effect = _means(study, y, w["treated"]) - _means(study, y, w["controls"])
-    if bias_corrected:
-        for arm, prediction in predict_outcomes(weights, y).items():
-            if arm in groups:
-                left = _means(study, prediction.fitted, w[arm]) - _means(study, prediction.fitted, _goal(weights, groups[arm]))
-                effect = effect - left if arm == "treated" else effect + left
+    for arm, said in predicted.items():
+        left = _means(study, said, w[arm]) - _means(study, said, _goal(weights, groups[arm]))
+        effect = effect - left if arm == "treated" else effect + left
     with np.errstate(invalid="ignore", divide="ignore"):
         sizes = {f"ess_{arm}": cluster_sums(v, study.starts) ** 2 / cluster_sums(v**2, study.starts) for arm, v in w.items()}
     reason = ["" if found else _why_not(*row) for found, *row in zip(np.isfinite(effect), has_target, share > 0, study.n_treated, study.n_controls)]
@@ -378,7 +386,7 @@ def cluster_effects(weights: Weights, outcome=None, *, covs=None, bias_corrected
     """The effect in each cluster with its standard error, the test and size of their spread, and effects shrunken towards each other.
 
     outcome : as in `Weights.estimate`. covs : properties of clusters that effects are drawn to by a line: names of the study's columns (their means by cluster), or a data frame of numbers with one row for each cluster
-    and its label in the index. bias_corrected : subtract in each cluster what the outcome model says of the imbalance left there. kurtosis : of the true effects, for the robust intervals, at least 1; default:
+    and its label in the index. bias_corrected : subtract in each cluster the imbalance left there times the outcome's slopes within clusters and arm. kurtosis : of the true effects, for the robust intervals, at least 1; default:
     estimated; infinite: any. Standard errors hold for given weights, and if units vary equally around their means in all clusters.
     Raises `InputError` for surveys, whole-cluster treatments, the ATO and targets from outside; `EstimationError` for too few clusters with both arms.
     Source: Ben-Michael, Feller & Keele (2026), Eq. 1; Armstrong, Kolesár & Plagborg-Møller (2022)."""
@@ -390,10 +398,11 @@ def cluster_effects(weights: Weights, outcome=None, *, covs=None, bias_corrected
         raise InputError(f"kurtosis={kurtosis!r} must be a number from 1 to infinity.")
     recipe, name = named_outcome(weights, outcome)
     y, kept = recipe.study.outcomes[name], weights.reason == ""
-    table = _by_arm(weights, y, bias_corrected)
+    predicted = _predicted(recipe, y) if bias_corrected else {}
+    table = _by_arm(weights, y, predicted)
     have = table["effect"].notna().to_numpy()
-    x = study.x if METHODS[weights.method].knows(weights.params) != "none" else study.x[:, :0]
-    variance = pooled_variance(x[kept], y[kept], (2 * study.cluster + study.treat)[kept])
+    x = study.x if bias_corrected or METHODS[weights.method].knows(weights.params) != "none" else study.x[:, :0]
+    variance = within_cells(x[kept], y[kept], (2 * study.cluster + study.treat)[kept])[1]
     table["std_error"] = np.sqrt(variance * (1 / table["ess_treated"] + 1 / table["ess_controls"]))
     covariates, names = _cluster_covariates(study, covs, have)
     effects, variances = (table.loc[have, c].to_numpy() for c in ("effect", "std_error"))
@@ -401,6 +410,6 @@ def cluster_effects(weights: Weights, outcome=None, *, covs=None, bias_corrected
     table["shrunken"] = pd.Series(pooled.shrunken, table.index[have])
     off = [np.abs(cluster_sums(gap, study.starts)).max() for gap in weights.gaps.values()]
     average = float(np.average(table.loc[have, "effect"], weights=table.loc[have, "share"]))
-    overall = recipe.estimate(name, bias_corrected=True).estimate if bias_corrected else point_estimate(recipe, y)
+    overall = point_estimate(recipe, y) - sum(float(weights.gaps[arm] @ said) * (1 if arm == "treated" else -1) for arm, said in predicted.items())
     return ClusterEffects(table, overall, average, weights.estimand, variance, pooled,
                           effect_kurtosis(effects - pooled.fitted, variances**2, pooled.used) if kurtosis is None else float(kurtosis), tuple(names), max(off) < 1e-9)

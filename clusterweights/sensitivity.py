@@ -262,7 +262,10 @@ class Sensitivity:
         if self.lam_null <= self.lams.max():
             ax.plot(self.lam_null, self.null, "o", color="black", markersize=7, label=f"bounds reach {self.null:g} at Λ = {self.lam_null:.2f}")
         ax.set(xlabel="Λ: factor by which weights may be wrong", ylabel=f"effect ({self.weights.estimand})", xscale="log")
-        ax.set_xticks(self.lams, [f"{v:g}" for v in self.lams])
+        ticks = [self.lams.max()]
+        for v in self.lams[::-1]:
+            ticks += [v] if np.log(ticks[-1] / v) > 0.06 * np.log(self.lams.max()) else []         # labels need room
+        ax.set_xticks(ticks, [f"{v:g}" for v in ticks])
         ax.set_xticks([], minor=True)
         ax.legend(fontsize="small", frameon=False)
         ax.spines[["top", "right"]].set_visible(False)

@@ -34,14 +34,28 @@ def test_average_is_the_estimate(estimand, people, options, corrected):
     w = hierarchical_weights(study(sampling_weights=people), 1.0, estimand=estimand, **options)
     found = cluster_effects(w, bias_corrected=corrected)
     assert found.matched
-    assert_allclose(found.average, w.estimate(bias_corrected=corrected).estimate, atol=1e-12, rtol=0)
+    assert_allclose(found.average, found.estimate, atol=1e-12, rtol=0)
+    assert_allclose(found.estimate, w.estimate().estimate, atol=1e-8 if corrected else 1e-12, rtol=0)
     assert_allclose(found.table["share"].sum(), 1, rtol=1e-12)
+
+
+@pytest.mark.parametrize("estimand", ["ATT", "ATC", "ATE"])
+def test_correction_takes_out_linear_imbalance(estimand):
+    effect = np.linspace(-1, 1, 9)
+    noise = 1e-4 * np.random.default_rng(0).normal(size=len(DATA))
+    data = DATA.assign(score=3 * DATA["age"] - DATA["income"] + 2 * DATA["school"] + DATA["late"] * effect[DATA["school"]] + noise)
+    w = hierarchical_weights(study(data), 1.0, estimand=estimand)
+    raw, corrected = (cluster_effects(w, bias_corrected=v).table["effect"] - effect for v in (False, True))
+    assert np.abs(raw).max() > 0.05 and np.abs(corrected).max() < 2e-3
 
 
 def test_average_of_other_weights():
     w = ipw_weights(study(), normalize="cluster")
     assert cluster_effects(w).matched
     assert_allclose(cluster_effects(w).average, w.estimate().estimate, atol=1e-12)
+    corrected = cluster_effects(w, bias_corrected=True)
+    assert_allclose(corrected.average, corrected.estimate, atol=1e-12)
+    assert abs(corrected.estimate - w.estimate().estimate) > 0.01
     across = cluster_effects(balancing_weights(study()))
     assert not across.matched and abs(across.average - across.estimate) > 1e-3
     assert "each cluster: part of" in " ".join(across.summary().notes)
