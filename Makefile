@@ -16,8 +16,9 @@ help: ## list the targets
 demo: $(VENV)/installed ## install the package and run its demonstration
 	$(BIN)/clusterweights demo
 
+test: export OPENBLAS_NUM_THREADS := 1
 test: $(VENV)/developing ## run every test: those in the notebooks and those in tests/
-	$(BIN)/python -m pytest $(ONLY)
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(ONLY)
 
 bench: $(VENV)/developing ## time the solvers, for benchmarks/results.md (SIZES="S M" for some)
 	$(BIN)/python benchmarks/solvers.py $(if $(SIZES),--sizes $(SIZES))

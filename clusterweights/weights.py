@@ -391,7 +391,7 @@ class Weights:
     @property
     def status(self) -> str:
         "How the weights came about."
-        return "certified" if self.solutions else "closed form"
+        return "certified" if self.solutions else "fitted model" if "model" in self.params else "closed form"
 
     def balance(self) -> Balance:
         "Global and local balance before and after weighting, among the units that were kept: treated and controls, or full sample and respondents."
