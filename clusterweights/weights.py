@@ -30,8 +30,8 @@ from .study import Study, numbers_by_name, cluster_sums
 # %% auto #0
 __all__ = ['WEIGHTED_ARMS', 'TARGET_NOUNS', 'METHODS', 'FRAMEWORK_PAPER', 'Arm', 'group_mask', 'target_weights', 'arms', 'Method',
            'method', 'canonical_estimand', 'Target', 'Weights', 'weigh', 'predict_outcomes', 'model_residuals',
-           'point_estimate', 'unadjusted_weights', 'resolve_lam', 'balance_lam', 'LamPath', 'Feasibility',
-           'feasibility']
+           'point_estimate', 'named_outcome', 'unadjusted_weights', 'resolve_lam', 'balance_lam', 'LamPath',
+           'Feasibility', 'feasibility']
 
 # %% ../nbs/08_weights.ipynb #c190c258
 WEIGHTED_ARMS = {"ATT": {"controls": "treated"}, "ATC": {"treated": "controls"}, "ATE": {"controls": "all", "treated": "all"},
@@ -744,6 +744,16 @@ def _refitted(study: Study, recipe: Weights, outcome) -> dict[str, float]:
     return {recipe.estimand: point_estimate(recipe.refit(study), study.outcomes[outcome])}
 
 
+def named_outcome(weights: Weights, outcome=None) -> tuple[Weights, Hashable]:
+    """The weights on a study that holds the outcome asked for under a name, and that name. Their solutions are left behind: they need not travel to other processes.
+
+    outcome : as in `Weights.estimate`."""
+    y, study, name = _outcome(weights.study, outcome), weights.study, next(iter(weights.study.outcomes), None) if outcome is None else outcome
+    if not (isinstance(name, Hashable) and name in study.outcomes):
+        name, study = _GIVEN, study._altered(outcomes=MappingProxyType({**study.outcomes, _GIVEN: y}))
+    return replace(weights, study=study, solutions={}), name
+
+
 @patch
 def bootstrap(self: Weights, outcome=None, *, resample: str = "clusters", replicates: int = 999, seed: int | np.random.Generator = 0,
               workers: int | None = 1, progress: bool = True) -> Bootstrap:
@@ -754,11 +764,8 @@ def bootstrap(self: Weights, outcome=None, *, resample: str = "clusters", replic
     if self.outside is not None and self.outside.clusters and resample == "clusters":
         raise InputError("The target from outside lies in clusters, and is not drawn with those of the study. Say resample='fractional' or 'units': "
                          "then it stays as it is.")
-    y, study, name = _outcome(self.study, outcome), self.study, next(iter(self.study.outcomes), None) if outcome is None else outcome
-    if not (isinstance(name, Hashable) and name in study.outcomes):
-        name, study = _GIVEN, study._altered(outcomes=MappingProxyType({**study.outcomes, _GIVEN: y}))
-    recipe = replace(self, study=study, solutions={})       # what need not travel to other processes stays here
-    return bootstrap_study(study, functools.partial(_refitted, recipe=recipe, outcome=name), resample=resample, replicates=replicates, seed=seed,
+    recipe, name = named_outcome(self, outcome)
+    return bootstrap_study(recipe.study, functools.partial(_refitted, recipe=recipe, outcome=name), resample=resample, replicates=replicates, seed=seed,
                            workers=workers, progress=progress)
 
 # %% ../nbs/08_weights.ipynb #21494839
