@@ -30,11 +30,14 @@ import clusterweights.cos  # noqa: F401
 import clusterweights.hierarchical  # noqa: F401
 import clusterweights.ipw  # noqa: F401
 import clusterweights.mundlak  # noqa: F401
+import clusterweights.softcal  # noqa: F401
 from . import __version__
 from .core import (ClusterWeightsError, ClusterWeightsWarning, EstimationError, InfeasibleError, InputError, SolverError, Table, caller_depth, check_output,
                                  counted, decimals, interval_plot, listed, nearest, write_file)
 from .framework import Balance, love_plot
+from .by_cluster import ClusterEffects, cluster_effects
 from .resampling import Bootstrap, bootstrap
+from .sensitivity import Sensitivity, sensitivity_analysis
 from .study import Study
 from .weights import FRAMEWORK_PAPER, METHODS, TARGET_NOUNS, WEIGHTED_ARMS, Weights, canonical_estimand, model_residuals, point_estimate
 
@@ -58,7 +61,8 @@ class Comparison:
     missing where the method has no outcome model, or the target lies outside the study), vcov (how the standard error was computed), ess_treated, ess_controls, ess_respondents, l2_global, l2_local
     (after weighting), global_reduction, local_reduction (percent), units, clusters (target units kept, and their clusters), status.
     level : of the intervals. estimand : what is estimated.
-    ignored : options that change whom an estimate speaks of and that a method does not have. warnings : those that a method gave. methods : the registered method of each row.
+    ignored : options that change whom an estimate speaks of and that a method does not have. warnings : those that a method gave. methods : the registered method of each row. effects, sensitivities : effects by
+    cluster and sensitivity to what was not measured, of each method that has them, if they were asked for.
     change : for the units of the hierarchical estimate, the balancing estimate, how far comparing within clusters moves it, and the standard error of that; or None."""
     study: Study
     table: pd.DataFrame
@@ -71,6 +75,8 @@ class Comparison:
     warnings: Mapping[str, list[str]] = field(default_factory=dict)
     change: tuple[float, float, float] | None = None
     methods: Mapping[str, str] = field(default_factory=dict)
+    effects: Mapping[str, ClusterEffects] = field(default_factory=dict)
+    sensitivities: Mapping[str, Sensitivity] = field(default_factory=dict)
 
     def __str__(self) -> str:
         table = self.summary()
@@ -174,13 +180,15 @@ def _again_where(study: Study, weights: Mapping[str, Weights]) -> tuple[Study | 
     return (study.restrict(common), more) if more and common.any() else (None, [])
 
 
-def compare(study: Study, methods: Sequence | None = None, *, level: float = 0.95, vcov: str = "auto", same_clusters: bool | None = None, **options) -> Comparison:
+def compare(study: Study, methods: Sequence | None = None, *, level: float = 0.95, vcov: str = "auto", same_clusters: bool | None = None, by_cluster: bool = False,
+            sensitivity: bool = False, **options) -> Comparison:
     """Run several methods on one study and put their results side by side.
 
     methods : names of registered methods, in the order of the table, or names with options of their own, ("ipw", {"model": "none"}); default: those of unadjusted, balancing, ipw (random intercept), hierarchical, both
     variants of mundlak and cos that can be used in this study. level : of the intervals. vcov : the standard error, as in `Weights.estimate`.
     same_clusters : methods within clusters leave out clusters that lack an arm, others do not. None (default): those that keep more units are run again on the units that all keep, in rows of their own, which tells a change of method
-    from a change of population; False: not again; True: on these units only. options : passed to each method that
+    from a change of population; False: not again; True: on these units only.
+    by_cluster, sensitivity : whether to add effects by cluster (`cluster_effects`) and sensitivity to what was not measured (`sensitivity_analysis`, with 199 draws), where a method allows it. options : passed to each method that
     has an option of that name: estimand ("ATT", "ATC", "ATE", "ATO"), lam, tolerance, bounds, max_share, cluster_weight, target, solver; what they
     mean is said at `hierarchical_weights` and `balancing_weights`. A method that finds no weights stays in the table with its reason; any other
     error is raised. Warnings say which method they are about."""
@@ -198,7 +206,22 @@ def compare(study: Study, methods: Sequence | None = None, *, level: float = 0.9
     registered = {name: entries[name.removesuffix(_SAME)][0] for name in rows}
     ignored = {name: [o for o in options if o not in METHODS[own].options and o in _TARGETING] for name, own in registered.items()}
     return Comparison(study, table, weights, balances, errors, level, estimand, *({k: v for k, v in d.items() if v} for d in (ignored, said)),
-                      _change(weights), registered)
+                      _change(weights), registered, _where_possible(cluster_effects, weights) if by_cluster else {},
+                      _where_possible(partial(sensitivity_analysis, replicates=199, progress=False), weights) if sensitivity else {})
+
+
+def _where_possible(analyse: Callable, weights: Mapping[str, Weights]) -> dict:
+    "What an analysis finds for each method, without those that it refuses."
+    found = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ClusterWeightsWarning)           # said when the weights were made, or part of the result
+        for name, w in weights.items():
+            if not name.endswith(_SAME):
+                try:
+                    found[name] = analyse(w)
+                except (InputError, InfeasibleError, SolverError):       # EstimationError is an InputError
+                    continue
+    return found
 
 # %% ../nbs/20_comparison.ipynb #2a37881e
 @patch
@@ -347,7 +370,17 @@ def _targets(c: Comparison) -> list[str]:
     return out + [f"{c.table.loc[name, 'label']} gave no estimate: {error}" for name, error in c.errors.items()]
 
 
-def _sentences(c: Comparison) -> list[str]: return _estimates(c) + _imbalances(c) + _targets(c)
+def _beyond(c: Comparison) -> list[str]:
+    "Effects by cluster and sensitivity, where they were asked for."
+    out = []
+    for name, effects in c.effects.items():
+        size = f"{effects.tau:.{decimals(c.table.loc[name, 'std_error'])}f}"
+        out.append(f"{c.table.loc[name, 'label']}: effects of clusters vary by a standard deviation of {size}" + (
+            f", more than chance (p = {effects.q_p_value:.2g})." if effects.q_p_value < 0.05 else f"; that they are all alike cannot be ruled out (p = {effects.q_p_value:.2g})."))
+    return out + [f"{c.table.loc[name, 'label']}: {found.sentence()}" for name, found in c.sensitivities.items()]
+
+
+def _sentences(c: Comparison) -> list[str]: return _estimates(c) + _imbalances(c) + _targets(c) + _beyond(c)
 
 
 @patch
@@ -733,6 +766,26 @@ _SURVEY_ASSUMPTIONS = [
     "have on average the outcomes of those who did not.", _CHANCE]
 
 
+def _effects_section(c: Comparison) -> str:
+    out = ""
+    for number, (name, effects) in enumerate(c.effects.items()):
+        label, table = c.table.loc[name, "label"], effects.summary()
+        def draw(figure, effects=effects): effects.plot(figure.subplots())
+        out += _html_table(table.cells(), f"{label}: {table.title}", table.notes)
+        out += _figure(f"effects{number}-", draw, (8, 1.5 + 0.16 * min(len(effects.table), 120)), f"Effects by cluster, {label}.", f"{label}: the effect in each cluster, raw and shrunken")
+    return out
+
+
+def _sensitivity_section(c: Comparison) -> str:
+    out = ""
+    for number, (name, found) in enumerate(c.sensitivities.items()):
+        label, table = c.table.loc[name, "label"], found.summary()
+        def draw(figure, found=found): found.plot(figure.subplots())
+        out += _html_table(table.cells(), f"{label}: {table.title}", table.notes)
+        out += _figure(f"sensitivity{number}-", draw, (8, 3.6), f"Sensitivity, {label}. {found.sentence()}", f"{label}: bounds of the estimate for every factor by which weights may be wrong")
+    return out
+
+
 def _citation_section(c: Comparison) -> str:
     lines = [f"This report: clusterweights contributors. clusterweights, version {__version__}. Python package."]
     sources = {name: METHODS[c.methods.get(name, name)].source for name in c.table.index}
@@ -764,6 +817,7 @@ def report(self: Comparison, path: str | os.PathLike, *, title: str | None = Non
     sections = {
         "In words": _items(_sentences(self)), "The study": _study_section(self), "Whom the estimates speak of": _whom_section(self),
         "The methods": _methods_section(self), "The estimates": _results_section(self), "Balance and weights": _balance_section(self),
+        **({"Effects by cluster": _effects_section(self)} if self.effects else {}), **({"Sensitivity": _sensitivity_section(self)} if self.sensitivities else {}),
         "Warnings": _items(said) if said else "<p>The methods gave none.</p>\n",
         "What no data can check": _items(_SURVEY_ASSUMPTIONS if study.level == "survey" else _ASSUMPTIONS),
         "How to cite": _citation_section(self), "Versions": f"<p>{_text(_versions())}.</p>\n"}

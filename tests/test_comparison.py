@@ -362,3 +362,21 @@ def test_agreement_is_for_one_study_and_one_estimand():
         cw.agreement(first, cw.hierarchical_weights(study(), lam=1.0), **options)
     with pytest.raises(InputError, match="Did you mean 'score'|no outcome 'scor'"):
         cw.agreement(first, second, outcome="scor", **options)
+
+
+@pytest.mark.filterwarnings("ignore::clusterweights.core.ClusterWeightsWarning")
+def test_effects_and_sensitivity_are_told_where_asked(tmp_path):
+    c = cw.compare(late_entry_study(), ["unadjusted", "hierarchical"], lam=1.0, by_cluster=True, sensitivity=True)
+    text = c.report(tmp_path / "report.html").read_text(encoding="utf-8")
+    for heading in ("Effects by cluster", "Sensitivity"):
+        assert f">{heading}</h2>" in text
+    assert "the effect in each cluster, raw and shrunken" in text and "bounds of the estimate for every factor" in text
+    assert c.sensitivities["hierarchical"].sentence() in c.reading()
+    assert "effects of clusters vary by a standard deviation" in c.reading()
+    plain = cw.compare(late_entry_study(), ["unadjusted"])
+    assert not plain.effects and not plain.sensitivities and ">Sensitivity</h2>" not in plain.report(tmp_path / "plain.html").read_text(encoding="utf-8")
+
+
+def test_what_an_analysis_refuses_is_left_out():
+    c = cw.compare(study(), ["balancing"], estimand="ATO", by_cluster=True, sensitivity=True)
+    assert not c.effects and not c.sensitivities
