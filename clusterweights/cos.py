@@ -22,7 +22,7 @@ from .weights import Arm, Weights, arms, group_mask, method
 
 # %% auto #0
 __all__ = ['TYPICAL_ICC', 'solve_cos', 'solve_cos_overlap', 'Noise', 'outcome_noise', 'cos_features', 'cos_weights',
-           'design_effect', 'CosAdvice', 'cos_advice', 'plot_arm_means', 'plot_clusters']
+           'design_effect_of_weights', 'CosAdvice', 'cos_advice', 'plot_arm_means', 'plot_clusters']
 
 # %% ../nbs/14_cos.ipynb #0b1bd4d4
 _NEARLY_NONE = 1e-4        # the price of uneven weights within a cluster that stays at icc = 1: without any they are not unique
@@ -344,7 +344,7 @@ def _spread_evenly(study: Study, rows: np.ndarray, totals: np.ndarray) -> np.nda
     return s * np.repeat(totals / cluster_sums(s, starts), np.diff(starts))
 
 # %% ../nbs/14_cos.ipynb #2e8e949f
-def design_effect(unit: np.ndarray, cluster: np.ndarray, starts: np.ndarray, icc: float, base: np.ndarray | None = None) -> float:
+def design_effect_of_weights(unit: np.ndarray, cluster: np.ndarray, starts: np.ndarray, icc: float, base: np.ndarray | None = None) -> float:
     """d_eff(ρ), by how much weights that differ within clusters spread the variance more than weights that do not.
 
     unit, cluster : (n,) the two sets of weights of the same units, with the same sum, sorted by cluster. starts : (K + 1,). icc : ρ. base : (n,)
@@ -422,7 +422,7 @@ def cos_advice(study: Study, *, estimand: str = "ATT", cluster_means: bool = Fal
     def found(design, icc): return cos_weights(study, design, icc=icc, lam=u.lam, **options).in_order[arm.rows]
     rows = {}
     for icc in sorted({*_GRID, u.icc}):
-        effect = design_effect(found("unit", icc), found("cluster", icc), starts, icc, s)
+        effect = design_effect_of_weights(found("unit", icc), found("cluster", icc), starts, icc, s)
         ratio = u.variance / c.variance * effect
         rows[icc] = {"design effect": effect, "variance ratio": ratio, "covariates of units": "worth it" if ratio < 1 else "not worth it"}
     own = u.variance * _penalty(found("unit", u.icc), starts, u.icc, s) / (c.variance * _penalty(found("cluster", c.icc), starts, c.icc, s))

@@ -12,7 +12,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import clusterweights as cw
 from clusterweights import EstimationError, InfeasibleError, InputError, Study, balancing_weights, cos_advice, cos_features, cos_weights
-from clusterweights.cos import design_effect, outcome_noise, solve_cos, solve_cos_overlap
+from clusterweights.cos import design_effect_of_weights, outcome_noise, solve_cos, solve_cos_overlap
 from clusterweights.datasets import load_hsb
 from clusterweights.mixed import fit_linear_mixed
 from clusterweights.study import cluster_sums
@@ -348,9 +348,9 @@ def test_features_are_balanced_and_judged():
 
 def test_design_effect_by_hand():
     unit, cluster, starts = np.array([1.0, 3, 0, 2]), np.array([2.0, 2, 1, 1]), np.array([0, 2, 4])
-    assert design_effect(unit, cluster, starts, 0.0) == pytest.approx(14 / 10)
-    assert design_effect(unit, cluster, starts, 1.0) == pytest.approx((16 + 4) / (16 + 4))
-    assert design_effect(unit, cluster, starts, 0.5) == pytest.approx((7 + 10) / (5 + 10))
+    assert design_effect_of_weights(unit, cluster, starts, 0.0) == pytest.approx(14 / 10)
+    assert design_effect_of_weights(unit, cluster, starts, 1.0) == pytest.approx((16 + 4) / (16 + 4))
+    assert design_effect_of_weights(unit, cluster, starts, 0.5) == pytest.approx((7 + 10) / (5 + 10))
 
 
 def test_advice_follows_the_rule():
