@@ -317,14 +317,15 @@ def _change(weights: Mapping[str, Weights]) -> tuple[float, float, float] | None
 def _change_in_words(c: Comparison) -> list[str]:
     if c.change is None:
         return []
+    from scipy.special import ndtri
     across, change, error = c.change
-    p = decimals(error)
+    p, quantile = decimals(error), float(ndtri(0.5 + c.level / 2))
     same = c.table.loc["balancing", "units"] == c.table.loc["hierarchical", "units"]
     text = ("Comparing within clusters instead of across them moves the estimate" if same else
             f"Among the {c.table.loc['hierarchical', 'units']:,} units that {c.table.loc['hierarchical', 'label']} speaks of, {c.table.loc['balancing', 'label']} gives "
             f"{across:z,.{p}f}; comparing within clusters moves that") + f" by {change:+,.{p}f} (standard error of the change {error:,.{p}f})"
     return [text + (": no more than chance would, so these data do not show that clusters matter beyond the covariates, nor do they rule it out."
-                    if abs(change) < 1.96 * error else ": more than chance would. Either clusters differ in ways that the covariates do not "
+                    if abs(change) < quantile * error else ": more than chance would. Either clusters differ in ways that the covariates do not "
                     "capture, or a covariate matters in another way than through its mean: try powers and interactions.")]
 
 

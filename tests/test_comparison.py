@@ -380,3 +380,10 @@ def test_effects_and_sensitivity_are_told_where_asked(tmp_path):
 def test_what_an_analysis_refuses_is_left_out():
     c = cw.compare(study(), ["balancing"], estimand="ATO", by_cluster=True, sensitivity=True)
     assert not c.effects and not c.sensitivities
+
+
+def test_more_than_chance_depends_on_the_level():
+    c = cw.compare(study(), ["balancing", "hierarchical"], lam=1.0, tolerance="auto", same_clusters=False)
+    error = abs(c.change[1]) / 1.8                              # between the quantiles of 90% and of 95%
+    for level, words in ((0.95, "no more than chance"), (0.9, "more than chance would. Either")):
+        assert words in replace(c, change=(*c.change[:2], error), level=level).reading()
