@@ -62,7 +62,7 @@ class Comparison:
     (after weighting), global_reduction, local_reduction (percent), units, clusters (target units kept, and their clusters), status.
     level : of the intervals. estimand : what is estimated.
     ignored : options that change whom an estimate speaks of and that a method does not have. warnings : those that a method gave. methods : the registered method of each row. effects, sensitivities : effects by
-    cluster and sensitivity to what was not measured, of each method that has them, if they were asked for.
+    cluster and sensitivity to what was not measured, of each method that has them, if they were asked for; refused : which methods have not, and why.
     change : for the units of the hierarchical estimate, the balancing estimate, how far comparing within clusters moves it, and the standard error of that; or None."""
     study: Study
     table: pd.DataFrame
@@ -77,6 +77,7 @@ class Comparison:
     methods: Mapping[str, str] = field(default_factory=dict)
     effects: Mapping[str, ClusterEffects] = field(default_factory=dict)
     sensitivities: Mapping[str, Sensitivity] = field(default_factory=dict)
+    refused: Sequence[str] = ()
 
     def __str__(self) -> str:
         table = self.summary()
@@ -206,22 +207,28 @@ def compare(study: Study, methods: Sequence | None = None, *, level: float = 0.9
     registered = {name: entries[name.removesuffix(_SAME)][0] for name in rows}
     ignored = {name: [o for o in options if o not in METHODS[own].options and o in _TARGETING] for name, own in registered.items()}
     return Comparison(study, table, weights, balances, errors, level, estimand, *({k: v for k, v in d.items() if v} for d in (ignored, said)),
-                      _change(weights), registered, _where_possible(cluster_effects, weights) if by_cluster else {},
-                      _where_possible(partial(sensitivity_analysis, replicates=199, progress=False), weights) if sensitivity else {})
+                      _change(weights), registered, *_analyses(weights, by_cluster, sensitivity))
 
 
-def _where_possible(analyse: Callable, weights: Mapping[str, Weights]) -> dict:
-    "What an analysis finds for each method, without those that it refuses."
-    found = {}
+def _analyses(weights: Mapping[str, Weights], by_cluster: bool, sensitivity: bool) -> tuple[dict, dict, list[str]]:
+    "Effects by cluster and sensitivity for each method, if asked for, and what was refused and why."
+    effects, effects_refused = _where_possible("effects by cluster", cluster_effects, weights) if by_cluster else ({}, [])
+    bounds, bounds_refused = _where_possible("sensitivity", partial(sensitivity_analysis, replicates=199, progress=False), weights) if sensitivity else ({}, [])
+    return effects, bounds, effects_refused + bounds_refused
+
+
+def _where_possible(what: str, analyse: Callable, weights: Mapping[str, Weights]) -> tuple[dict, list[str]]:
+    "What an analysis finds for each method, and a line for each that it refuses."
+    found, refused = {}, []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ClusterWeightsWarning)           # said when the weights were made, or part of the result
         for name, w in weights.items():
             if not name.endswith(_SAME):
                 try:
                     found[name] = analyse(w)
-                except (InputError, InfeasibleError, SolverError):       # EstimationError is an InputError
-                    continue
-    return found
+                except ClusterWeightsError as error:
+                    refused.append(f"{w.label}, no {what}: {error}")
+    return found, refused
 
 # %% ../nbs/20_comparison.ipynb #2a37881e
 @patch
@@ -378,7 +385,7 @@ def _beyond(c: Comparison) -> list[str]:
         size = f"{effects.tau:.{decimals(c.table.loc[name, 'std_error'])}f}"
         out.append(f"{c.table.loc[name, 'label']}: effects of clusters vary by a standard deviation of {size}" + (
             f", more than chance (p = {effects.q_p_value:.2g})." if effects.q_p_value < 0.05 else f"; that they are all alike cannot be ruled out (p = {effects.q_p_value:.2g})."))
-    return out + [f"{c.table.loc[name, 'label']}: {found.sentence()}" for name, found in c.sensitivities.items()]
+    return out + [f"{c.table.loc[name, 'label']}: {found.sentence()}" for name, found in c.sensitivities.items()] + list(c.refused)
 
 
 def _sentences(c: Comparison) -> list[str]: return _estimates(c) + _imbalances(c) + _targets(c) + _beyond(c)
@@ -767,23 +774,14 @@ _SURVEY_ASSUMPTIONS = [
     "have on average the outcomes of those who did not.", _CHANCE]
 
 
-def _effects_section(c: Comparison) -> str:
+def _analyses_section(c: Comparison, found: Mapping, prefix: str, height: Callable[[object], float], caption: str) -> str:
+    "Table and figure of an analysis for each method."
     out = ""
-    for number, (name, effects) in enumerate(c.effects.items()):
-        label, table = c.table.loc[name, "label"], effects.summary()
-        def draw(figure, effects=effects): effects.plot(figure.subplots())
+    for number, (name, analysis) in enumerate(found.items()):
+        label, table = c.table.loc[name, "label"], analysis.summary()
+        def draw(figure, analysis=analysis): analysis.plot(figure.subplots())
         out += _html_table(table.cells(), f"{label}: {table.title}", table.notes)
-        out += _figure(f"effects{number}-", draw, (8, 1.5 + 0.16 * min(len(effects.table), 120)), f"Effects by cluster, {label}.", f"{label}: the effect in each cluster, raw and shrunken")
-    return out
-
-
-def _sensitivity_section(c: Comparison) -> str:
-    out = ""
-    for number, (name, found) in enumerate(c.sensitivities.items()):
-        label, table = c.table.loc[name, "label"], found.summary()
-        def draw(figure, found=found): found.plot(figure.subplots())
-        out += _html_table(table.cells(), f"{label}: {table.title}", table.notes)
-        out += _figure(f"sensitivity{number}-", draw, (8, 3.6), f"Sensitivity, {label}. {found.sentence()}", f"{label}: bounds of the estimate for every factor by which weights may be wrong")
+        out += _figure(f"{prefix}{number}-", draw, (8, height(analysis)), f"{label}: {caption}.", f"{label}: {caption}")
     return out
 
 
@@ -818,7 +816,10 @@ def report(self: Comparison, path: str | os.PathLike, *, title: str | None = Non
     sections = {
         "In words": _items(_sentences(self)), "The study": _study_section(self), "Whom the estimates speak of": _whom_section(self),
         "The methods": _methods_section(self), "The estimates": _results_section(self), "Balance and weights": _balance_section(self),
-        **({"Effects by cluster": _effects_section(self)} if self.effects else {}), **({"Sensitivity": _sensitivity_section(self)} if self.sensitivities else {}),
+        **({"Effects by cluster": _analyses_section(self, self.effects, "effects", lambda e: 1.5 + 0.16 * min(len(e.table), 120), "the effect in each cluster, raw and shrunken")}
+           if self.effects else {}),
+        **({"Sensitivity": _analyses_section(self, self.sensitivities, "sensitivity", lambda s: 3.6, "bounds of the estimate for every factor by which weights may be wrong")}
+           if self.sensitivities else {}),
         "Warnings": _items(said) if said else "<p>The methods gave none.</p>\n",
         "What no data can check": _items(_SURVEY_ASSUMPTIONS if study.level == "survey" else _ASSUMPTIONS),
         "How to cite": _citation_section(self), "Versions": f"<p>{_text(_versions())}.</p>\n"}

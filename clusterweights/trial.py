@@ -317,6 +317,20 @@ def _values(z: np.ndarray, total1: np.ndarray, total0: np.ndarray, sizes: np.nda
     return sum(w * _ratios(z[:, m], total1[m], total0[m], sizes[m], sizes[m]) for w, m in zip(share, members))
 
 # %% ../nbs/16_trial.ipynb #f79753c1
+def _over_assignments(values: np.ndarray, name: str, lines: Mapping[str, tuple[float, str]], ax=None):
+    "Histogram of a statistic over assignments, with vertical lines: label → place and style."
+    if ax is None:
+        import matplotlib.pyplot as plt
+        _, ax = plt.subplots(figsize=(6, 3), layout="constrained")
+    ax.hist(values, bins=min(60, max(5, len(np.unique(values)))), color="0.8", edgecolor="0.5", linewidth=0.4)
+    for label, (place, style) in lines.items():
+        ax.axvline(place, color="black", linestyle=style, label=label)
+    ax.set(xlabel=name.replace("_", " "), ylabel="assignments")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(fontsize="small", frameon=False)
+    return ax
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class SamplingDistribution:
     "An estimator's values (R,) over assignments; `enumerated`: over all of them. truth : the average effect on the units."
@@ -343,16 +357,7 @@ class SamplingDistribution:
 
     def plot(self, ax=None):
         "Histogram of the values, the truth (solid) and the expectation (dashed); returns the Axes."
-        if ax is None:
-            import matplotlib.pyplot as plt
-            _, ax = plt.subplots(figsize=(6, 3), layout="constrained")
-        ax.hist(self.values, bins=min(60, max(5, len(np.unique(self.values)))), color="0.8", edgecolor="0.5", linewidth=0.4)
-        ax.axvline(self.truth, color="black", label=f"truth {self.truth:.4g}")
-        ax.axvline(self.expectation, color="black", linestyle="--", label=f"expectation {self.expectation:.4g}")
-        ax.set(xlabel=self.estimator.replace("_", " "), ylabel="assignments")
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(fontsize="small", frameon=False)
-        return ax
+        return _over_assignments(self.values, self.estimator, {f"truth {self.truth:.4g}": (self.truth, "-"), f"expectation {self.expectation:.4g}": (self.expectation, "--")}, ax)
 
     def __repr__(self) -> str:
         return (f"{self.estimator}: expectation {self.expectation:.6g} (truth {self.truth:.6g}), standard error {self.std_error:.6g}, over "
@@ -549,15 +554,7 @@ class RandomisationTest:
 
     def plot(self, ax=None):
         "Histogram of the statistic over the assignments, and the one observed; returns the Axes."
-        if ax is None:
-            import matplotlib.pyplot as plt
-            _, ax = plt.subplots(figsize=(6, 3), layout="constrained")
-        ax.hist(self.values, bins=min(60, max(5, len(np.unique(self.values)))), color="0.8", edgecolor="0.5", linewidth=0.4)
-        ax.axvline(self.observed, color="black", label=f"observed, p = {self.p_value:.3g}")
-        ax.set(xlabel=self.statistic.replace("_", " "), ylabel="assignments")
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(fontsize="small", frameon=False)
-        return ax
+        return _over_assignments(self.values, self.statistic, {f"observed, p = {self.p_value:.3g}": (self.observed, "-")}, ax)
 
     def __str__(self) -> str: return str(self.summary())
     __repr__ = __str__

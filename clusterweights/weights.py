@@ -679,6 +679,9 @@ def estimate(self: Weights, outcome=None, by=None, *, vcov: str = "auto", outcom
     has fewer than 5 degrees of freedom."""
     study, y, asked = self.study, _outcome(self.study, outcome), vcov
     vcov, model = _which_vcov(study, vcov), _resolved(self, outcome_model)
+    takes_out = study.level != "survey" or study.totals is not None or vcov not in KINDS        # whether the standard error takes the model out
+    if outcome_model is not None and not takes_out and not bias_corrected:
+        raise InputError(f"outcome_model plays no part in vcov={vcov!r} of a survey without population totals, whose own means would change with its clusters. Leave it out, or ask for bias_corrected=True.")
     found = predict_outcomes(self, y, model)
     if study.level == "survey":
         if by is not None:
@@ -692,7 +695,7 @@ def estimate(self: Weights, outcome=None, by=None, *, vcov: str = "auto", outcom
         effect = _with_error(self, y, self.in_order, residuals, vcov)
         effect = _corrected(self, effect, found) if bias_corrected else effect
     _warn_few(effect)
-    return replace(effect, vcov=effect.vcov + ("; corrected for remaining imbalance" if bias_corrected else ""), reasons=_reasons(self, vcov, asked, model))
+    return replace(effect, vcov=effect.vcov + ("; corrected for remaining imbalance" if bias_corrected else ""), reasons=_reasons(self, vcov, asked, model if takes_out else replace(model, knows="none")))
 
 
 def _warn_few(effect: Estimate) -> None:

@@ -377,9 +377,11 @@ def test_effects_and_sensitivity_are_told_where_asked(tmp_path):
     assert not plain.effects and not plain.sensitivities and ">Sensitivity</h2>" not in plain.report(tmp_path / "plain.html").read_text(encoding="utf-8")
 
 
-def test_what_an_analysis_refuses_is_left_out():
+def test_what_an_analysis_refuses_is_told():
     c = cw.compare(study(), ["balancing"], estimand="ATO", by_cluster=True, sensitivity=True)
     assert not c.effects and not c.sensitivities
+    assert [line.split(":")[0] for line in c.refused] == ["Balancing, no clusters, no effects by cluster", "Balancing, no clusters, no sensitivity"]
+    assert all(line in c.reading() for line in c.refused)
 
 
 def test_more_than_chance_depends_on_the_level():

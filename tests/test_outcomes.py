@@ -179,3 +179,12 @@ def test_a_target_from_outside_cannot_be_corrected():
     w = balancing_weights(STUDY, estimand="ATE", target={"age": 0.1, "poor": 0.4})
     with pytest.raises(InputError, match="comes from outside"):
         w.estimate(bias_corrected=True)
+
+
+def test_an_outcome_model_that_would_play_no_part_is_refused():
+    survey = Study.survey(FRAME.assign(score=FRAME["score"].where(FRAME["age"] < 1)), outcome="score", cluster="school", covs=["age", "poor"])
+    w = balancing_weights(survey)
+    with pytest.raises(InputError, match="plays no part"):
+        w.estimate(vcov="CR2", outcome_model="covariates")
+    assert "The outcome model knows: none." in w.estimate(vcov="CR2").explain()
+    assert w.estimate(vcov="CR2", outcome_model="covariates", bias_corrected=True).std_error == w.estimate(vcov="CR2").std_error
