@@ -73,13 +73,13 @@ def main():
     begin, tables = time.perf_counter(), {}
     rows = []
     for rho in (0.0, 0.25, 0.5):
-        result = monte_carlo(partial(framework_data, rho_u=rho), {"hierarchical": hierarchical}, options.reps, seed=20261122, truth=sample_att, n_jobs=options.jobs)
+        result = monte_carlo(partial(framework_data, rho_u=rho), {"hierarchical": hierarchical}, options.reps, seed=20261122, truth=sample_att, workers=options.jobs)
         rows.append({"rho": rho} | coverage(result.draws))
     tables["Units treated within clusters: hierarchical weights, residualised"] = pd.DataFrame(rows)
     rows = []
     for separation, schools in ((1.0, 30), (1.0, 50), (1.0, 100), (2.5, 30), (2.5, 50), (2.5, 100)):
         result = monte_carlo(partial(school_data, n_schools=schools, separation=separation), CLUSTERED, options.cluster_reps, seed=20261123, truth=lambda data: 0.0,
-                             n_jobs=options.jobs)
+                             workers=options.jobs)
         rows += [{"overlap": separation, "schools": schools, "interval": name} | coverage(own) for name, own in result.draws.groupby("estimator", sort=False)]
     tables["Whole clusters treated: balancing weights"] = pd.DataFrame(rows)
     text = "\n\n".join(f"## {title}\n\n```\n{table.round(3).to_string(index=False)}\n```" for title, table in tables.items())

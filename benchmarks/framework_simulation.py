@@ -57,7 +57,7 @@ def main():
     rows, start = [], time.perf_counter()
     for rho in (0.0, 0.25, 0.5):
         result = monte_carlo(partial(framework_data, rho_u=rho), ESTIMATORS, options.reps,
-                             seed=20260207, truth=sample_att, n_jobs=options.jobs)
+                             seed=20260207, truth=sample_att, workers=options.jobs)
         draws = result.draws
         for name, own in draws.groupby("estimator"):
             error = (own["estimate"] - own["truth"]).dropna()

@@ -466,7 +466,7 @@ def _both(study: Study, recipes: tuple[Weights, Weights], outcome) -> dict[str, 
     return {"first": first, "second": second, "difference": second - first}
 
 
-def agreement(first: Weights, second: Weights, *, outcome=None, replicates: int = 999, seed: int | np.random.Generator = 0, workers: int | None = 1, progress: bool = True) -> Agreement:
+def agreement(first: Weights, second: Weights, *, outcome=None, replicates: int = 999, seed: int | np.random.Generator = 0, workers: int | None = None, progress: bool = True) -> Agreement:
     """Test whether two methods agree on the units that both keep, by a bootstrap of clusters in which both weights are fitted anew.
 
     first, second : `Weights` of the same study and estimand; their `lam` stays what it was. outcome : name of one of the study's (default: the first). replicates, seed, workers, progress : as in `bootstrap`.

@@ -178,7 +178,7 @@ def _replicate(number: int, rng: np.random.Generator, study: Study, statistic: C
 
 # %% ../nbs/07c_resampling.ipynb #1213592f
 def bootstrap(study: Study, statistic: Callable, *, resample: str = "clusters", replicates: int = 999, seed: int | np.random.Generator = 0,
-              workers: int | None = 1, progress: bool = True) -> Bootstrap:
+              workers: int | None = None, progress: bool = True) -> Bootstrap:
     """The spread of a statistic over studies drawn from a study.
 
     statistic : function of a `Study` that returns a number, a flat array, or numbers by name; it should compute everything that depends on the

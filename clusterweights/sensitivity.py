@@ -291,7 +291,7 @@ def _checked_lams(lams) -> np.ndarray:
 
 # %% ../nbs/18_sensitivity.ipynb #c33a832f
 def sensitivity_analysis(weights: Weights, outcome=None, *, lams: Sequence[float] = (1, 1.05, 1.1, 1.2, 1.3, 1.5, 2, 3), null: float = 0.0, by: str = "auto", replicates: int = 999,
-                         seed: int | np.random.Generator = 0, workers: int | None = 1, progress: bool = True) -> Sensitivity:
+                         seed: int | np.random.Generator = 0, workers: int | None = None, progress: bool = True) -> Sensitivity:
     """Bounds on the effect when each weight may be wrong by a factor between 1/Λ and Λ, with bootstrap intervals, and the Λ at which the conclusion falls.
 
     outcome : as in `Weights.estimate`. lams : for which to compute intervals; bounds exist for all. null : the value of the effect that the conclusion excludes. by : who has a factor of its own, "units", "clusters", or "auto": clusters where

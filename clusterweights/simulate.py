@@ -223,23 +223,23 @@ def _replicate(number: int, rng: np.random.Generator, dgp: Callable, estimators:
 
 # %% ../nbs/03_simulate.ipynb #2e8ddf46
 def monte_carlo(dgp: Callable, estimators: Mapping[str, Callable], reps: int, seed: int | np.random.Generator, *,
-                truth: Callable | float, n_jobs: int | None = None, progress: bool = True, level: float = 0.95) -> MonteCarlo:
+                truth: Callable | float, workers: int | None = None, progress: bool = True, level: float = 0.95) -> MonteCarlo:
     """Draw `reps` data sets and run every estimator on each.
 
     dgp : takes a numpy Generator, returns data of any kind. estimators : name → function of the data that returns an object with
     `estimate`, `std_error` and `conf_int(level=)`, or a number. truth : the true value, or a function of the data, for example
-    `sample_att`. seed : int or Generator. n_jobs : processes, −1 for all; by default what `joblib.parallel_config` says, else 1. Any
+    `sample_att`. seed : int or Generator. workers : processes, −1 for all; None is what `joblib.parallel_config` says, else 1. Any
     backend of joblib serves. progress : show a bar of replicates handed out. level : of the intervals, 0.95 by default.
 
     A `ClusterWeightsError` or an estimate that is not finite is a failure: counted, its message kept. Any other exception stops the
     run with a `ReplicateError` that says how to make the data again. Warnings of estimators are counted, not shown; under a
-    threading backend they may be counted for a neighbour. The draws are the same for every n_jobs. Raises `InputError` for no
+    threading backend they may be counted for a neighbour. The draws are the same for every number of workers. Raises `InputError` for no
     estimators, reps < 1 or a level outside (0, 1)."""
     _require(len(estimators) > 0, "estimators is empty: give at least one, as {name: function}.")
     _require(isinstance(reps, (int, np.integer)) and reps >= 1, f"reps={reps!r} must be a whole number, at least 1.")
     _require(0 < level < 1, f"level={level!r} must lie between 0 and 1, for example 0.95.")
     one = partial(_replicate, dgp=dgp, estimators=estimators, truth=truth, level=level)
-    done = seeded_map(one, reps, seed, workers=n_jobs, progress=progress)
+    done = seeded_map(one, reps, seed, workers=workers, progress=progress)
     warned = pd.DataFrame([row for _, rows in done for row in rows], columns=["estimator", "category", "message"])
     warned = warned.groupby(["estimator", "category"], sort=False)["message"].agg(["size", "first"]).reset_index()
     return MonteCarlo(pd.DataFrame([row for rows, _ in done for row in rows]),

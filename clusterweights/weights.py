@@ -759,7 +759,7 @@ def named_outcome(weights: Weights, outcome=None) -> tuple[Weights, Hashable]:
 
 @patch
 def bootstrap(self: Weights, outcome=None, *, resample: str = "clusters", replicates: int = 999, seed: int | np.random.Generator = 0,
-              workers: int | None = 1, progress: bool = True) -> Bootstrap:
+              workers: int | None = None, progress: bool = True) -> Bootstrap:
     """The estimate with its spread over drawn studies, each weighted anew by the same recipe; `lam` stays what it was.
 
     outcome : as in `estimate`. resample, replicates, seed, workers, progress : as in `bootstrap` of the chapter on drawing again, which says what fails and how.
