@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,9 @@ import pandas as pd
 # %% auto #0
 __all__ = ['TOLERANCES', 'ClusterWeightsError', 'InputError', 'EstimationError', 'SolverError', 'InfeasibleError',
            'ClusterWeightsWarning', 'DroppedUnitsWarning', 'OverlapWarning', 'FewClustersWarning',
-           'NotConvergedWarning', 'shown', 'listed', 'nearest', 'counted', 'decimals', 'expect_error', 'caller_depth',
-           'expect_warning', 'Certificate', 'Table', 'interval_plot', 'one_thread', 'seeded_map', 'check_output',
-           'write_file']
+           'NotConvergedWarning', 'shown', 'listed', 'nearest', 'counted', 'decimals', 'check_level', 'check_count',
+           'random_numbers', 'expect_error', 'caller_depth', 'expect_warning', 'Certificate', 'Table', 'interval_plot',
+           'one_thread', 'seeded_map', 'check_output', 'write_file']
 
 # %% ../nbs/00_core.ipynb #d2c968e0
 class ClusterWeightsError(Exception):
@@ -113,6 +114,28 @@ def counted(k: int, noun: str) -> str:
 def decimals(size: float, digits: int = 3) -> int:
     "Decimal places that show `digits` significant digits of a number of that size, at most 12: 4 for 0.0123, 0 for 1234."
     return int(np.clip(digits - 1 - np.floor(np.log10(abs(size))), 0, 12)) if size and np.isfinite(size) else digits
+
+# %% ../nbs/00_core.ipynb #cfd83d0f
+def check_level(level: float) -> float:
+    "The level of an interval; raises `InputError` unless it is a number between 0 and 1."
+    if not (isinstance(level, Real) and 0 < level < 1):
+        raise InputError(f"level={level!r} must lie between 0 and 1, for example 0.95.")
+    return level
+
+
+def check_count(name: str, value: int, least: int) -> int:
+    "A count, the argument `name`; raises `InputError` unless it is a whole number of at least `least`."
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise InputError(f"{name}={value!r} must be a whole number, at least {least}.")
+    return int(value)
+
+
+def random_numbers(seed: int | np.random.Generator) -> np.random.Generator:
+    "numpy's generator of random numbers for a seed, or the generator given; raises `InputError` for anything else."
+    try:
+        return np.random.default_rng(seed)
+    except (TypeError, ValueError):
+        raise InputError(f"seed={seed!r} must be a whole number, 0 or more, or a numpy Generator.") from None
 
 # %% ../nbs/00_core.ipynb #73c04897
 @contextmanager
@@ -252,17 +275,19 @@ def seeded_map(function: Callable, count: int, seed: int | np.random.Generator, 
     """[function(0, rng_0), function(1, rng_1), …], `count` calls, each with its own random numbers spawned from `seed`.
 
     seed : int or Generator. workers : processes, −1 for all; None is what `joblib.parallel_config` says, else 1. Any backend of joblib serves.
-    progress : show a bar of calls handed out. The first exception of a call is raised."""
+    progress : show a bar of calls handed out. Raises `InputError` for other seeds and workers; the first exception of a call is raised."""
     from joblib import Parallel, delayed
     from tqdm import tqdm
-    streams = np.random.default_rng(seed).spawn(count)
+    if workers is not None and (isinstance(workers, bool) or not isinstance(workers, Integral) or workers == 0):
+        raise InputError(f"workers={workers!r} must be a number of processes, -1 for all, or None.")
+    streams = random_numbers(seed).spawn(count)
     with warnings.catch_warnings():                      # threads restore the warning filters in any order: put back those of before
         return Parallel(n_jobs=workers)(delayed(function)(number, rng) for number, rng in
                                         enumerate(tqdm(streams, desc="replicates", disable=not progress)))
 
 # %% ../nbs/00_core.ipynb #d1a61ad3
 def check_output(path: str | os.PathLike, endings: Sequence[str] = ()) -> Path:
-    "The path, if a file can be written there (one that exists is replaced) and its name ends in one of `endings`, if given; raises `InputError` if not."
+    "The path, if a file can be written there (one that exists is replaced) and its name ends in one of `endings`; raises `InputError` if not."
     if not isinstance(path, (str, os.PathLike)):
         raise InputError(f"path must be the name of a file, not a {type(path).__name__}.")
     path = Path(path)

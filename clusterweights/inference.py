@@ -11,7 +11,7 @@ from numbers import Real
 import numpy as np
 import pandas as pd
 
-from .core import EstimationError, InputError, Table, counted, decimals
+from .core import EstimationError, InputError, Table, check_level, counted, decimals
 from .study import cluster_sums, variance_components
 
 # %% auto #0
@@ -29,8 +29,10 @@ def residualised_variance(weights: np.ndarray, residuals: np.ndarray) -> float:
 # %% ../nbs/07_inference.ipynb #449a1c27
 @dataclass(frozen=True)
 class LinearFit:
-    """A linear outcome model. fitted : (n,) its predictions. left_out : (n,) for each unit, the prediction of a fit without it. slopes : (d,) per unit of
-    the covariates. intercept : float. levels : (K,) of the clusters, 0 if the model has none. kappa : the penalty on these."""
+    """A linear outcome model.
+
+    fitted : (n,) its predictions. left_out : (n,) for each unit, the prediction of a fit without it. slopes : (d,) per unit of the covariates.
+    intercept : float. levels : (K,) of the clusters, 0 if the model has none. kappa : the penalty on these."""
     fitted: np.ndarray
     left_out: np.ndarray
     slopes: np.ndarray
@@ -39,7 +41,9 @@ class LinearFit:
     kappa: float
 
     def predict(self, x: np.ndarray, block: np.ndarray | None = None) -> np.ndarray:
-        "(m,) predictions for (m, d) covariates. block : (m,) numbers of clusters; -1, or None for all: a cluster that the model has not seen, with level 0."
+        """(m,) predictions for (m, d) covariates.
+
+        block : (m,) the number of each unit's cluster; −1, or None for all units, is a cluster that the model has not seen, with level 0."""
         return self.intercept + x @ self.slopes + (0.0 if block is None else np.append(self.levels, 0.0)[block])
 
 # %% ../nbs/07_inference.ipynb #8aeaafab
@@ -54,8 +58,8 @@ def fit_linear(x: np.ndarray, y: np.ndarray, starts: np.ndarray | None = None, *
     """Least squares of y on x, with the prediction for each unit that leaves it out.
 
     x : (n, d) covariates without intercept (d may be 0). y : (n,). starts : (K + 1,), if given, the model has a level for each
-    cluster, shrunk by the penalty `kappa` · Σ u_g² (default: estimated by analysis of variance). Without `starts`, no clusters. ridge : ρ ≥ 0, the penalty
-    is nρ Σ β² for slopes per standard deviation. weights : (n,) of the units in the sum of squares (default: equal).
+    cluster, shrunk by the penalty `kappa` · Σ u_g² (default: estimated by analysis of variance). Without `starts`, no clusters.
+    ridge : ρ ≥ 0, the penalty is nρ Σ β² for slopes per standard deviation. weights : (n,) of the units in the sum of squares (all 1).
     A unit that no other unit can predict (its leverage is 1) is predicted by the mean of y.
     Source: leave-one-out for linear smoothers, Hastie, Tibshirani & Friedman (2009), section 7.10."""
     w = np.ones(len(y)) if weights is None else weights / weights.mean()
@@ -96,7 +100,8 @@ class Estimate:
 
     estimate, std_error : in the outcome's units. mean_treated, mean_control : the two weighted means of a contrast. df : degrees of freedom
     of the t distribution (infinite: normal). term : what is estimated. vcov : how the standard error was computed. clusters : for errors that count
-    clusters, how many each arm has. reasons : why the standard error was computed so, step by step, for `explain()`. max_bias : the largest bias to allow for."""
+    clusters, how many each arm has. reasons : why the standard error was computed so, step by step, for `explain()`. max_bias : the largest bias to
+    allow for, in the outcome's units."""
     estimate: float
     std_error: float
     mean_treated: float | None = None
@@ -121,14 +126,18 @@ class Estimate:
 
     def conf_int(self, level: float = 0.95) -> tuple[float, float]:
         "Confidence interval of the given level, 0 < level < 1."
-        if not (isinstance(level, Real) and 0 < level < 1):
-            raise InputError(f"level={level!r} must lie between 0 and 1, for example 0.95.")
-        from scipy.special import stdtrit
-        half = float(stdtrit(self.df, 0.5 + level / 2)) * self.std_error
+        half = self._quantile(check_level(level)) * self.std_error
         return self.estimate - half, self.estimate + half
 
+    def _quantile(self, level: float) -> float:
+        "How many standard errors an interval reaches to each side."
+        from scipy.special import stdtrit
+        return float(stdtrit(self.df, 0.5 + level / 2))
+
     def with_bias(self, bound: float) -> Estimate:
-        "The same estimate with an interval beside it that allows for a bias of up to `bound` ≥ 0, in the outcome's units; `worst_case` gives such a bound."
+        """The same estimate with an interval beside it that allows for bias.
+
+        bound : the largest bias, 0 or more, in the outcome's units; `worst_case` gives one. Raises `InputError` for anything else."""
         if not (isinstance(bound, Real) and np.isfinite(bound) and bound >= 0):
             raise InputError(f"bound={bound!r} must be a number, 0 or more, in the outcome's units.")
         return replace(self, max_bias=float(bound))
@@ -160,14 +169,17 @@ class Estimate:
                      notes=self._notes(level, places))
 
     def _notes(self, level: float, places: str) -> list[str]:
-        notes = [("" if self.mean_treated is None else f"Weighted mean of the treated {self.mean_treated:{places}}, of the controls "
-                  f"{self.mean_control:{places}}. ") + f"Standard error: {self.vcov}."]
+        means = "" if self.mean_treated is None else (f"Weighted mean of the treated {self.mean_treated:{places}}, of the controls "
+                                                      f"{self.mean_control:{places}}. ")
+        notes = [f"{means}Standard error: {self.vcov}."]
         if np.isfinite(self.df):
-            from scipy.special import stdtrit
-            notes.append(f"df: the standard error is as uncertain as one from {self.df + 1:.1f} independent clusters, so the interval is {stdtrit(self.df, 0.5 + level / 2):.3g} standard "
-                         f"errors to each side, not {stdtrit(np.inf, 0.5 + level / 2):.3g}.")
+            normal = replace(self, df=np.inf)._quantile(level)
+            notes.append(f"df: the standard error is as uncertain as one from {self.df + 1:.1f} independent clusters, so the interval is "
+                         f"{self._quantile(level):.3g} standard errors to each side, not {normal:.3g}.")
         if self.clusters is not None:
-            notes.append("; ".join(f"{arm}: {counted(int(row['clusters']), 'cluster')}, which count like {row['effective']:.1f} of equal weight" for arm, row in self.clusters.iterrows()) + ".")
+            arms = [f"{arm}: {counted(int(row['clusters']), 'cluster')}, which count like {row['effective']:.1f} of equal weight"
+                    for arm, row in self.clusters.iterrows()]
+            notes.append("; ".join(arms) + ".")
         if self.max_bias:
             notes.append(f"with bias: allows for a bias of up to {self.max_bias:{places}} from imbalance.")
         return notes
@@ -178,33 +190,40 @@ class Estimate:
     def _repr_html_(self) -> str: return self.summary()._repr_html_()
 
 # %% ../nbs/07_inference.ipynb #1ebeb703
+_ROUNDING = 1e-12    # residuals below this part of the largest outcome are rounding errors
+
+
+def _mean_and_variance(y: np.ndarray, weights: np.ndarray, residuals: np.ndarray, arm: str = "") -> tuple[float, float]:
+    "The weighted mean of one arm and its residualised variance; raises `EstimationError` for fewer than two units with weight."
+    used = weights > 0
+    if used.sum() < 2:
+        raise EstimationError(f"{arm}{counted(int(used.sum()), 'unit')} with weight: a standard error needs at least two.")
+    varies = np.abs(residuals[used]).max() > _ROUNDING * np.abs(y[used]).max()
+    return float(np.average(y[used], weights=weights[used])), residualised_variance(weights[used], residuals[used]) if varies else 0.0
+
+
+def _std_error(variance: float) -> float:
+    "The root of a variance; raises `EstimationError` if there is none."
+    if not variance > 0:
+        raise EstimationError("The outcome does not vary beyond what the covariates predict, so there is no standard error.")
+    return float(np.sqrt(variance))
+
+
 def contrast(y: np.ndarray, treat: np.ndarray, weights: np.ndarray, residuals: np.ndarray, term: str = "ATT") -> Estimate:
     """Difference of weighted means (treated − control) with the residualised variance Σ w² r² / (Σ w)² of each arm.
 
     y (n,), treat (n,) bool, weights (n,) ≥ 0 on both arms, residuals (n,) y − m̂. Raises `EstimationError` if an arm has fewer than two
     units with weight, since one unit has no variance, or if no residual differs from zero.
     Source: Ben-Michael, Feller & Keele (2026), section 6."""
-    means, variance = [], 0.0
-    for name, arm in (("treated", treat), ("control", ~treat)):
-        used = arm & (weights > 0)
-        if used.sum() < 2:
-            raise EstimationError(f"The {name} arm has {counted(int(used.sum()), 'unit')} with weight: a standard error needs at least two.")
-        means.append(float(np.average(y[used], weights=weights[used])))
-        variance += residualised_variance(weights[used], residuals[used])
-    if not variance > 0:
-        raise EstimationError("The outcome does not vary beyond what the covariates predict, so there is no standard error.")
-    return Estimate(means[0] - means[1], float(np.sqrt(variance)), *means, term=term)
+    (mean1, variance1), (mean0, variance0) = (_mean_and_variance(y[arm], weights[arm], residuals[arm], f"The {name} arm has ")
+                                              for name, arm in (("treated", treat), ("control", ~treat)))
+    return Estimate(mean1 - mean0, _std_error(variance1 + variance0), mean1, mean0, term=term)
 
 # %% ../nbs/07_inference.ipynb #b4768b11
 def weighted_mean(y: np.ndarray, weights: np.ndarray, residuals: np.ndarray, term: str = "mean", *, scale: float = 1.0) -> Estimate:
     """Weighted mean of one arm, times `scale` (the size of the population for a total), with its residualised standard error.
 
     y, weights ≥ 0, residuals y − m̂ : (n,). Raises `EstimationError` for fewer than two units with weight, or without residual variation."""
-    used = weights > 0
-    if used.sum() < 2:
-        raise EstimationError(f"{counted(int(used.sum()), 'unit')} with weight: a standard error needs at least two.")
-    variance = residualised_variance(weights[used], residuals[used])
-    if not variance > 0:
-        raise EstimationError("The outcome does not vary beyond what the covariates predict, so there is no standard error.")
-    return Estimate(scale * float(np.average(y[used], weights=weights[used])), scale * float(np.sqrt(variance)), term=term,
+    mean, variance = _mean_and_variance(y, weights, residuals)
+    return Estimate(scale * mean, scale * _std_error(variance), term=term,
                     vcov="residualised; for the units at hand and their clusters, not for a wider population from which they were drawn")

@@ -8,28 +8,30 @@ from __future__ import annotations
 import copy
 import inspect
 from dataclasses import dataclass
-from numbers import Integral
 
 import numpy as np
 
-from .core import EstimationError, InputError, counted, nearest
+from .core import EstimationError, InputError, check_count, counted, nearest, random_numbers
 from .inference import LinearFit, fit_linear, variance_ratio
-from .study import cluster_sums
+from .study import cluster_sums, varies_within
 
 # %% auto #0
 __all__ = ['OutcomeModel', 'outcome_features', 'Prediction', 'predict_outcome', 'folds', 'corrected_mean']
 
 # %% ../nbs/07b_outcomes.ipynb #24c101cb
-_KNOWS = ("none", "cluster covariates", "covariates", "covariates and clusters", "covariates and cluster means", "covariates, cluster means and clusters")
+_KNOWS = ("none", "cluster covariates", "covariates", "covariates and clusters", "covariates and cluster means",
+          "covariates, cluster means and clusters")
+_LINEAR = ("ols", "ridge")
 
 
 @dataclass(frozen=True)
 class OutcomeModel:
     """What an outcome model may know, and how it is fitted.
 
-    knows : "none", "cluster covariates", "covariates", "covariates and clusters", "covariates and cluster means", "covariates, cluster means and clusters"; default (None): what the method conditions on.
-    learner : "ols"; "ridge", with the penalty that predicts left-out units best; or any object with `fit(x, y)` and `predict(x)`, such as a regressor of scikit-learn, which is
-    cross-fitted. folds, seed : of the cross-fitting. Raises `InputError` for others."""
+    knows : "none", "cluster covariates", "covariates", "covariates and clusters", "covariates and cluster means" or "covariates, cluster means and
+    clusters"; default (None): what the method conditions on. learner : "ols" (default); "ridge", with the penalty that predicts left-out units best;
+    or any object with `fit(x, y)` and `predict(x)`, such as a regressor of scikit-learn, which is cross-fitted. folds : 2 or more, 5 by default, and
+    seed : int, of the cross-fitting. Raises `InputError` for others."""
     knows: str | None = None
     learner: object = "ols"
     folds: int = 5
@@ -38,22 +40,22 @@ class OutcomeModel:
     def __post_init__(self):
         if self.knows is not None and self.knows not in _KNOWS:
             raise InputError(f"Unknown outcome model {self.knows!r}." + nearest(self.knows, _KNOWS))
-        if isinstance(self.learner, str) and self.learner not in ("ols", "ridge"):
-            raise InputError(f"Unknown learner {self.learner!r}." + nearest(self.learner, ["ols", "ridge"]))
-        if isinstance(self.learner, type) or not (isinstance(self.learner, str) or all(callable(getattr(self.learner, name, None)) for name in ("fit", "predict"))):
+        if isinstance(self.learner, str):
+            if self.learner not in _LINEAR:
+                raise InputError(f"Unknown learner {self.learner!r}." + nearest(self.learner, _LINEAR))
+        elif isinstance(self.learner, type) or not all(callable(getattr(self.learner, name, None)) for name in ("fit", "predict")):
             raise InputError(f"learner={self.learner!r} must be 'ols', 'ridge' or an object with fit(x, y) and predict(x).")
-        if not (isinstance(self.folds, Integral) and self.folds >= 2):
-            raise InputError(f"folds={self.folds!r} must be a whole number, 2 or more.")
+        check_count("folds", self.folds, 2)
+        random_numbers(self.seed)                            # raises for what is no seed
 
 # %% ../nbs/07b_outcomes.ipynb #4826b758
 def outcome_features(x: np.ndarray, treat: np.ndarray, base: np.ndarray, starts: np.ndarray, knows: str) -> np.ndarray:
-    """(n, d') columns of an outcome model: the covariates (of "cluster covariates" those that do not vary within clusters), and for "cluster means" their means in the
-    cluster and its share of treated.
+    """(n, d') columns of an outcome model: the covariates (of "cluster covariates" those that do not vary within clusters), and for "cluster means"
+    their means in the cluster and its share of treated.
 
-    x : (n, d). treat : (n,) bool. base : (n,) sampling weights. starts : (K + 1,)."""
+    x : (n, d). treat : (n,) bool. base : (n,) sampling weights. starts : (K + 1,). knows : as in `OutcomeModel`."""
     if knows == "cluster covariates":
-        spread = (np.maximum.reduceat(x, starts[:-1]) - np.minimum.reduceat(x, starts[:-1])).max(axis=0)
-        return x[:, spread <= 1e-12 * np.abs(x).max(axis=0, initial=0.0)]
+        return x[:, ~varies_within(x, starts)]
     if "cluster means" not in knows:
         return x
     columns = np.column_stack([x, treat])
@@ -64,17 +66,21 @@ def outcome_features(x: np.ndarray, treat: np.ndarray, base: np.ndarray, starts:
 # %% ../nbs/07b_outcomes.ipynb #ebc39f29
 @dataclass(frozen=True)
 class Prediction:
-    """What a model fitted to one arm predicts for all n units. fitted : (n,) for estimates: of linear models the usual fit, of cross-fitted ones from fits without the unit's fold. left_out : (n,) for variances: from fits without the
-    unit."""
+    """What a model fitted to one arm predicts for all n units.
+
+    fitted : (n,) for estimates: of linear models the usual fit, of cross-fitted ones from fits without the unit's fold.
+    left_out : (n,) for variances: from fits without the unit."""
     fitted: np.ndarray
     left_out: np.ndarray
 
 
-def predict_outcome(x: np.ndarray, y: np.ndarray, arm: np.ndarray, starts: np.ndarray, model: OutcomeModel, base: np.ndarray | None = None) -> Prediction:
+def predict_outcome(x: np.ndarray, y: np.ndarray, arm: np.ndarray, starts: np.ndarray, model: OutcomeModel,
+                    base: np.ndarray | None = None) -> Prediction:
     """Fit an outcome model to one arm, predict all units.
 
-    x : (n, d) columns, from `outcome_features`. y : (n,), used where `arm` is True. arm : (n,) bool. starts : (K + 1,). model : what `knows` says of clusters, the learner, the folds.
-    base : (n,) weights of the units in the fit (default: equal); a learner gets them as `sample_weight` if it takes any.
+    x : (n, d) columns, from `outcome_features`. y : (n,), used where `arm` is True. arm : (n,) bool. starts : (K + 1,). model : what `knows` says of
+    clusters, the learner, the folds. base : (n,) weights of the units in the fit (default: equal); a learner gets them as `sample_weight` if it
+    takes any.
     Raises `EstimationError` for fewer than two units, or predictions that are no numbers."""
     rows, base = np.flatnonzero(arm), np.ones(len(y)) if base is None else base
     if len(rows) < 2:
@@ -107,8 +113,10 @@ def _linear_prediction(x, y, rows, cluster, levels: bool, learner: str, base) ->
 
 # %% ../nbs/07b_outcomes.ipynb #013ae6c6
 def folds(cluster: np.ndarray, within: bool, count: int, seed: int) -> np.ndarray:
-    "(m,) fold of each unit, 0 to count − 1: whole clusters share a fold, or if `within` the units of each cluster are dealt out to all folds. cluster : (m,)."
-    rng = np.random.default_rng(seed)
+    """(m,) the fold of each unit, 0 to count − 1, or fewer folds if there are not as many clusters (`within`: units).
+
+    cluster : (m,) the units' clusters. within : True deals out the units of each cluster to all folds; with False, they share a fold."""
+    rng = random_numbers(seed)
     if not within:
         present, block = np.unique(cluster, return_inverse=True)
         return (rng.permutation(len(present)) % min(count, len(present)))[block]
@@ -126,6 +134,17 @@ def _shrunken_levels(rest: np.ndarray, block: np.ndarray, k: int) -> np.ndarray:
     return np.bincount(block, weights=rest, minlength=k) / (np.bincount(block, minlength=k) + kappa)
 
 
+def _as_numbers(predicted, n: int, learner) -> np.ndarray:
+    "(n,) what a learner predicted; raises `EstimationError` if it is not one finite number for each unit."
+    try:
+        numbers = np.asarray(predicted, dtype=float)
+    except (TypeError, ValueError):
+        numbers = np.empty(0)
+    if numbers.shape != (n,) or not np.isfinite(numbers).all():
+        raise EstimationError(f"The learner {learner!r} does not predict one number for each unit.")
+    return numbers
+
+
 def _cross_fitted(x, y, rows, cluster, levels: bool, model: OutcomeModel, base) -> Prediction:
     fold = folds(cluster[rows], levels, model.folds, model.seed)
     if fold.max() == 0:
@@ -136,9 +155,7 @@ def _cross_fitted(x, y, rows, cluster, levels: bool, model: OutcomeModel, base) 
         train, held = rows[fold != k], rows[fold == k]
         learner = copy.deepcopy(model.learner)
         learner.fit(x[train], y[train], **({"sample_weight": base[train]} if sampled else {}))
-        prediction = np.asarray(learner.predict(x), dtype=float)
-        if prediction.shape != y.shape or not np.isfinite(prediction).all():
-            raise EstimationError(f"The learner {model.learner!r} does not predict one number for each unit.")
+        prediction = _as_numbers(learner.predict(x), len(y), model.learner)
         if levels:
             prediction = prediction + _shrunken_levels((y - prediction)[train], cluster[train], cluster[-1] + 1)[cluster]
         total += prediction
@@ -151,5 +168,6 @@ def _cross_fitted(x, y, rows, cluster, levels: bool, model: OutcomeModel, base) 
 def corrected_mean(mean: float, gap: np.ndarray, fitted: np.ndarray) -> float:
     """A weighted mean minus what the outcome model says of its imbalance: mean − Σ gap · m̂.
 
-    gap : (n,) each unit's share of the weights minus its share of the target. fitted : (n,) m̂ for all units. Source: Ben-Michael, Feller & Keele (2026), section 6."""
+    gap : (n,) each unit's share of the weights minus its share of the target. fitted : (n,) m̂ for all units.
+    Source: Ben-Michael, Feller & Keele (2026), section 6."""
     return float(mean - gap @ fitted)

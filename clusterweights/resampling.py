@@ -16,9 +16,9 @@ from numbers import Real
 import numpy as np
 import pandas as pd
 
-from .core import (ClusterWeightsError, ClusterWeightsWarning, EstimationError, InputError, Table, caller_depth, counted, decimals,
-                                 nearest, seeded_map)
-from .study import Study, cluster_sums
+from .core import (ClusterWeightsError, ClusterWeightsWarning, EstimationError, InputError, Table, caller_depth, check_count,
+                                 check_level, counted, decimals, nearest, random_numbers, seeded_map, shown)
+from .study import Study, check_size
 
 # %% auto #0
 __all__ = ['WAYS', 'Bootstrap', 'bootstrap', 'WildClusterTest', 'wild_cluster_test']
@@ -26,6 +26,8 @@ __all__ = ['WAYS', 'Bootstrap', 'bootstrap', 'WildClusterTest', 'wild_cluster_te
 # %% ../nbs/07c_resampling.ipynb #12651995
 def _by_name(value) -> pd.Series:
     "What a statistic returned, as numbers by name; raises `InputError` if it is neither a number, nor a flat array, nor numbers by name."
+    if isinstance(value, pd.Series) and not value.index.is_unique:
+        raise InputError(f"The statistic returns several numbers of the name {shown(value.index[value.index.duplicated()][0])}.")
     try:
         if isinstance(value, (Mapping, pd.Series)):
             return pd.Series({name: float(v) for name, v in value.items()}, dtype=float)
@@ -46,7 +48,7 @@ class Bootstrap:
     """A statistic and its replicates.
 
     observed : the statistic on the study itself, by name. draws : one row for each replicate that succeeded (its number in the index), one
-    column a name. replicates : how many were tried. resample : "clusters", "units" or "fractional". reasons : for replicates that failed, how
+    column for each name. replicates : how many were tried. resample : "clusters", "units" or "fractional". reasons : for replicates that failed, how
     many by reason. warned : in how many replicates each class of warning was given."""
     observed: pd.Series
     draws: pd.DataFrame
@@ -79,11 +81,9 @@ class Bootstrap:
         return self._one_or_all(self.draws.mean() - self.observed)
 
     def _interval(self, level: float, kind: str) -> tuple[pd.Series, pd.Series]:
-        if not (isinstance(level, Real) and 0 < level < 1):
-            raise InputError(f"level={level!r} must lie between 0 and 1, for example 0.95.")
         if kind not in ("percentile", "basic"):
             raise InputError(f"Unknown kind {kind!r}." + nearest(kind, ["percentile", "basic"]))
-        tail = (1 - level) / 2
+        tail = (1 - check_level(level)) / 2
         if tail * (len(self.draws) + 1) < 1 - 1e-9:
             needed = int(np.ceil(1 / tail - 1e-6)) - 1
             raise InputError(f"{len(self.draws):,} replicates are too few for an interval of level {level:g}: it takes {needed:,}.")
@@ -113,7 +113,9 @@ class Bootstrap:
         return Table(frame, title=f"Bootstrap with {100 * level:g}% {kind} interval", formats=dict.fromkeys(frame, places), notes=notes)
 
     def plot(self, term=None, ax=None):
-        "Histogram of the replicates of one number (`term`; default: the first), the estimate, and its 95% percentile interval; returns the Axes."
+        """Histogram of the replicates of one number, the estimate, and its 95% percentile interval if there are enough of them; returns the Axes.
+
+        term : the number's name (default: the first). Raises `InputError` if there is none of that name."""
         term = self.observed.index[0] if term is None else term
         if term not in self.observed.index:
             raise InputError(f"There is no number {term!r} among the replicates." + nearest(term, self.observed.index))
@@ -137,8 +139,8 @@ class Bootstrap:
     def _repr_html_(self) -> str: return self.summary(*self._shown())._repr_html_()
 
     def _shown(self) -> tuple[float]:
-        "The level shown without being asked: 95%, or the largest that a small number of replicates allows."
-        return (0.95 if len(self.draws) >= 39 else 1 - 2 / (len(self.draws) + 1),)
+        "The level shown without being asked: 95%, or the largest whole percentage that a small number of replicates allows."
+        return (min(0.95, np.floor(100 - 200 / (len(self.draws) + 1) + 1e-9) / 100),)
 
 # %% ../nbs/07c_resampling.ipynb #5db63aa6
 def _drawn(study: Study, resample: str, rng: np.random.Generator) -> Study:
@@ -186,8 +188,8 @@ def bootstrap(study: Study, statistic: Callable, *, resample: str = "clusters", 
     faster). Arrays of one's own, in the study's order, are indexed by `s.drawn`.
     resample : "clusters" draws whole clusters with replacement, each draw under a fresh label; "units" draws units within each cluster, whose
     sizes stay; "fractional" multiplies the sampling weights of each cluster by an exponential random number and loses none.
-    replicates : how many, 999 by default. seed : int or Generator; the replicates do not depend on `workers`, the number of processes (−1: all;
-    None: what `joblib.parallel_config` says). progress : show a bar.
+    replicates : how many, 999 by default. seed : int or Generator. workers : processes, −1 for all; None is what `joblib.parallel_config` says,
+    else 1; the replicates do not depend on it. progress : show a bar.
 
     Replicates in which the statistic raises a `ClusterWeightsError`, or is not finite, are left out and counted, with a `ClusterWeightsWarning`;
     any other exception is raised. The package's own warnings are counted (under a threading backend perhaps for a neighbour).
@@ -195,15 +197,16 @@ def bootstrap(study: Study, statistic: Callable, *, resample: str = "clusters", 
     Source: Davison & Hinkley (1997), sections 2.2–2.4 and 3.8; Field & Welsh (2007) for clusters; Rubin (1981) for fractional weights."""
     if not isinstance(study, Study):
         raise InputError(f"bootstrap takes a Study, not {type(study).__name__}.")
-    if resample not in WAYS:
+    if not isinstance(resample, str) or resample not in WAYS:
         raise InputError(f"Unknown resample {resample!r}." + nearest(resample, WAYS))
-    if isinstance(replicates, bool) or not isinstance(replicates, (int, np.integer)) or replicates < 2:
-        raise InputError(f"replicates={replicates!r} must be a whole number, at least 2.")
+    if not callable(statistic):
+        raise InputError(f"statistic must be a function of a Study, not {type(statistic).__name__}.")
+    replicates = check_count("replicates", replicates, 2)
     observed = _by_name(statistic(study))
     if not (len(observed) and np.isfinite(observed).all()):
         raise EstimationError("The statistic is not finite on the study itself." if len(observed) else "The statistic returns no numbers.")
     one = partial(_replicate, study=study, statistic=statistic, resample=resample, names=observed.index)
-    return _collect(observed, seeded_map(one, int(replicates), seed, workers=workers, progress=progress), resample)
+    return _collect(observed, seeded_map(one, replicates, seed, workers=workers, progress=progress), resample)
 
 
 def _collect(observed: pd.Series, done: list[tuple], resample: str) -> Bootstrap:
@@ -217,8 +220,9 @@ def _collect(observed: pd.Series, done: list[tuple], resample: str) -> Bootstrap
     if reasons:
         often = f"{len(done) - len(good):,} of {len(done):,} replicates failed, most often ({max(reasons.values()):,}) by {next(iter(reasons))}."
         if 2 * len(good) < len(done) or len(good) < 2:
-            remedy = (" Ask for less in each: fewer covariates, or tolerance='auto' where the method has it." if "InfeasibleError" in often else
-                      "" if resample == "fractional" else " resample='fractional' loses no cluster and no arm.")
+            remedy = "" if resample == "fractional" else " resample='fractional' loses no cluster and no arm."
+            if "InfeasibleError" in often:
+                remedy = " Ask for less in each: fewer covariates, or tolerance='auto' where the method has it."
             raise EstimationError(f"{often} What is left would not stand for the rest.{remedy}")
         warnings.warn(ClusterWeightsWarning(f"{often} The interval is about the data sets on which the statistic exists; `reasons` has all."),
                       stacklevel=caller_depth())
@@ -232,7 +236,7 @@ _TIE = 1e-9          # relative: two t² this close are equal
 
 def _multipliers(kind: str, clusters: int, draws: int, seed) -> tuple[bool, Callable]:
     "Whether all vectors of multipliers are used, and a generator of them in blocks (m, G)."
-    points, rows, rng = _POINTS[kind], max(1, 2**20 // clusters), np.random.default_rng(seed)
+    points, rows, rng = _POINTS[kind], max(1, 2**20 // clusters), random_numbers(seed)
     every = len(points)**clusters <= draws
     count = len(points)**clusters if every else draws
 
@@ -252,7 +256,7 @@ def _scores(v: np.ndarray, b: np.ndarray, share: np.ndarray) -> tuple[np.ndarray
 # %% ../nbs/07c_resampling.ipynb #94937f50
 @dataclass(frozen=True, eq=False, repr=False)
 class WildClusterTest:
-    """A test of a weighted contrast by flipping the signs of clusters.
+    """A test of a weighted contrast by flipping the signs of clusters: weights held fixed, outcomes as they are, without an outcome model.
 
     estimate, std_error : of the contrast (CR1). null : the effect tested. clusters : those with weight. kind : "rademacher" or "webb".
     enumerated : whether all vectors were used, none drawn. draws_used : how many vectors. smallest_p : no p-value can be below
@@ -288,9 +292,7 @@ class WildClusterTest:
         """The effects around the estimate that are not rejected at 1 − level, by bisection with the same multipliers.
 
         An end is infinite where no effect within a million standard errors is rejected, as when 1 − level is below `smallest_p`."""
-        if not (isinstance(level, Real) and 0 < level < 1):
-            raise InputError(f"level={level!r} must lie between 0 and 1, for example 0.95.")
-        return tuple(self.estimate + sign * self._reach(sign, 1 - level + 1e-12) for sign in (-1, 1))
+        return tuple(self.estimate + sign * self._reach(sign, 1 - check_level(level) + 1e-12) for sign in (-1, 1))
 
     def _reach(self, sign: int, alpha: float) -> float:
         "How far from the estimate, to one side, effects are not rejected."
@@ -315,7 +317,7 @@ class WildClusterTest:
         how = ("all " if self.enumerated else "") + f"{self.draws_used:,} vectors of {names[self.kind]}" + ("" if self.enumerated else ", drawn")
         return Table(pd.DataFrame([row], index=["contrast"]), title=f"Wild cluster bootstrap test with {100 * level:g}% interval", formats=formats,
                      notes=[f"{self.clusters:,} clusters; {how}; the smallest p-value possible is {self.smallest_p:.2g}. "
-                            "Weights held fixed, null imposed."])
+                            "Weights held fixed, null imposed, no outcome model subtracted."])
 
     def __str__(self) -> str: return str(self.summary())
     __repr__ = __str__
@@ -323,14 +325,25 @@ class WildClusterTest:
     def _repr_html_(self) -> str: return self.summary()._repr_html_()
 
 # %% ../nbs/07c_resampling.ipynb #6a14af15
+def _arrays(**given) -> list[np.ndarray]:
+    "The arguments as arrays of floats; raises `InputError` for those that hold anything else."
+    arrays = []
+    for name, values in given.items():
+        try:
+            arrays.append(np.asarray(values, dtype=float))
+        except (TypeError, ValueError):
+            raise InputError(f"{name} must be numbers.") from None
+    return arrays
+
+
 def _with_weight(y, treat, weights, starts) -> tuple:
     "The units with weight, (n,) y, (n,) treated, (n,) weights, (n,) cluster 0 … G − 1; raises `InputError` for arrays that do not fit."
-    y, treat, weights, starts = (np.asarray(v) for v in (y, treat, weights, starts))
+    y, treat, weights, starts = _arrays(y=y, treat=treat, weights=weights, starts=starts)
     if not (y.ndim == 1 and y.shape == treat.shape == weights.shape) or starts.ndim != 1 or len(starts) < 2:
         raise InputError("y, treat and weights must be (n,) and starts (K + 1,), but have the shapes "
                          f"{y.shape}, {treat.shape}, {weights.shape} and {starts.shape}.")
-    if starts[0] != 0 or starts[-1] != len(y) or (np.diff(starts) <= 0).any():
-        raise InputError(f"starts must rise from 0 to the {len(y)} units.")
+    if starts[0] != 0 or starts[-1] != len(y) or not (np.diff(starts) > 0).all() or (starts % 1 != 0).any():
+        raise InputError(f"starts must rise from 0 to the {len(y)} units, in whole numbers.")
     if not set(np.unique(treat)) <= {0, 1}:
         raise InputError("treat must be True for treated and False for other units.")
     if not (np.isfinite(weights).all() and (weights >= 0).all()):
@@ -338,13 +351,17 @@ def _with_weight(y, treat, weights, starts) -> tuple:
     used = weights > 0
     if not np.isfinite(y[used]).all():
         raise InputError(f"y has {counted(int((~np.isfinite(y[used])).sum()), 'missing or infinite value')} among units with weight.")
-    cluster = np.unique(np.repeat(np.arange(len(starts) - 1), np.diff(starts))[used], return_inverse=True)[1]
-    return y[used].astype(float), treat[used].astype(bool), weights[used].astype(float), cluster
+    check_size(y[used], "y")
+    cluster = np.unique(np.repeat(np.arange(len(starts) - 1), np.diff(starts).astype(int))[used], return_inverse=True)[1]
+    return y[used], treat[used] == 1, weights[used], cluster
 
 
 def wild_cluster_test(y: np.ndarray, treat: np.ndarray, weights: np.ndarray, starts: np.ndarray, *, null: float = 0.0, draws: int = 9999,
                       kind: str = "auto", seed: int | np.random.Generator = 0) -> WildClusterTest:
     """Test of a weighted difference of means by the wild cluster bootstrap: null imposed, weights fixed.
+
+    The outcomes are taken as they are. No outcome model is subtracted, unlike in the standard errors of `Weights.estimate`, so where balanced
+    covariates explain much the test rejects too rarely. To subtract one, pass y minus the same predictions for both arms.
 
     y : (n,), sorted by cluster. treat : (n,) bool, varying within clusters or between them. weights : (n,) ≥ 0; units of weight 0 play no part.
     starts : (K + 1,). null : the effect tested, in the units of y. draws : vectors of multipliers; if there are no more than that in all, each
@@ -354,8 +371,7 @@ def wild_cluster_test(y: np.ndarray, treat: np.ndarray, weights: np.ndarray, sta
     Source: Cameron, Gelbach & Miller (2008); Webb (2023); Roodman, MacKinnon, Nielsen & Webb (2019) for computing it by cluster sums."""
     if kind not in ("auto", *_POINTS):
         raise InputError(f"Unknown kind {kind!r}." + nearest(kind, ["auto", *_POINTS]))
-    if isinstance(draws, bool) or not isinstance(draws, (int, np.integer)) or draws < 1:
-        raise InputError(f"draws={draws!r} must be a whole number, at least 1.")
+    draws = check_count("draws", draws, 1)
     if not (isinstance(null, Real) and np.isfinite(null)):
         raise InputError(f"null={null!r} must be a finite number.")
     y, treat, w, cluster = _with_weight(y, treat, weights, starts)
@@ -369,14 +385,15 @@ def wild_cluster_test(y: np.ndarray, treat: np.ndarray, weights: np.ndarray, sta
     parts = w / np.where(treat, w[treat].sum(), w[~treat].sum())
     code = clusters * treat + cluster                                            # controls first
     def sums(u): return np.bincount(code, weights=parts * u, minlength=2 * clusters).reshape(2, clusters)
-    share, estimate = sums(np.ones(len(y))), float(sums(y)[1].sum() - sums(y)[0].sum())
+    means = sums(y).sum(axis=1)
+    share, estimate = sums(np.ones(len(y))), float(means[1] - means[0])
     around = y - estimate * treat                                                # so that effects are counted from the estimate
     b_y, b_z = (sums(u - np.average(u, weights=w)) for u in (around, treat.astype(float)))
     small = clusters / (clusters - 1)
     std_error = float(np.sqrt(small * (_scores(np.ones((1, clusters)), b_y, share)[1] ** 2).sum()))
     if not std_error > 1e-12 * np.abs(y).max():
         raise EstimationError("The outcome does not vary within the arms between clusters, so there is no standard error.")
-    every, blocks = _multipliers(kind, clusters, int(draws), seed)
+    every, blocks = _multipliers(kind, clusters, draws, seed)
     found = []
     for v in blocks():
         (top, s_y), (slope, s_z) = _scores(v, b_y, share), _scores(v, b_z, share)

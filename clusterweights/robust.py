@@ -46,14 +46,27 @@ def _left_out(s: np.ndarray, m: np.ndarray) -> np.ndarray:
     size = np.sqrt(np.diag(inverse))
     least = np.linalg.eigvalsh(without / np.outer(size, size))[:, 0]
     if (least < 1e-10).any():
-        raise EstimationError(f"CR3 leaves out one cluster at a time, and without one of {counted(int((least < 1e-10).sum()), 'cluster')} a coefficient is not defined. Use CR2.")
+        needed = counted(int((least < 1e-10).sum()), "cluster")
+        raise EstimationError(f"CR3 leaves out one cluster at a time, and without one of {needed} a coefficient is not defined. Use CR2.")
     return (inverse @ np.linalg.inv(without)) @ np.eye(2 * p)[p:]
+
+
+def _adjusted(kind: str, s: np.ndarray, m: np.ndarray, c: np.ndarray) -> np.ndarray:
+    "(K, p, 2p) the matrices D of any kind."
+    if kind == "CR2":
+        return _inverse_root(s, c)
+    if kind == "CR3":
+        return _left_out(s, m)
+    k, p = len(s), len(m)
+    factor = np.sqrt(k / (k - 1)) if kind == "CR1" else 1.0
+    return np.broadcast_to(factor * np.eye(2 * p)[p:], (k, p, 2 * p))
 
 # %% ../nbs/07a_robust.ipynb #2a6f5bc0
 @dataclass(frozen=True)
 class ClusterRobust:
-    """A weighted regression with a variance that counts clusters. coef : (p,). vcov : (p, p). kind : "CR0" to "CR3". clusters : how many have weight.
-    `df(c)` gives degrees of freedom for a combination c'coef."""
+    """A weighted regression with a variance that counts clusters.
+
+    coef : (p,). vcov : (p, p). kind : "CR0" to "CR3". clusters : how many have weight. `df(c)` gives degrees of freedom for a combination c'coef."""
     coef: np.ndarray
     vcov: np.ndarray
     kind: str
@@ -68,20 +81,23 @@ class ClusterRobust:
         a = np.einsum("gij,i->gj", self._d, self._m @ c)                       # v = L a
         f = np.einsum("gij,gj->gi", self._s, a)
         own, shared = np.einsum("gi,gi->g", a, f), np.einsum("gi,ij,gj->g", f, self._c, f)
-        ch = self._c @ (f.T @ f)
-        return float((own + shared).sum() ** 2 / ((own**2 + 2 * own * shared).sum() + np.trace(ch @ ch)))
+        cg = self._c @ (f.T @ f)
+        return float((own + shared).sum() ** 2 / ((own**2 + 2 * own * shared).sum() + np.trace(cg @ cg)))
 
 
 def cluster_robust(x: np.ndarray, y: np.ndarray, weights: np.ndarray, starts: np.ndarray, kind: str = "CR2") -> ClusterRobust:
     """Weighted least squares of y on x with a cluster-robust variance.
 
-    x : (n, p), with the intercept if there is to be one. y : (n,). weights : (n,) ≥ 0; units of weight 0 are left out. starts : (K + 1,), cluster g is rows
-    starts[g] to starts[g + 1] − 1. kind : "CR0", "CR1", "CR2" or "CR3"; working model: independent errors of equal variance, weights not taken as inverse variances.
-    Raises `EstimationError` for columns that repeat each other and for fewer than two clusters with weight.
+    x : (n, p), with the intercept if there is to be one. y : (n,). weights : (n,) ≥ 0; units of weight 0 are left out. starts : (K + 1,), cluster g
+    is rows starts[g] to starts[g + 1] − 1. kind : "CR0", "CR1", "CR2" or "CR3"; working model: independent errors of equal variance, weights not
+    taken as inverse variances. Raises `EstimationError` for columns that repeat each other and for fewer than two clusters with weight, `InputError`
+    for an unknown kind, negative weights, and numbers that are missing or infinite among units with weight.
     Source: Liang & Zeger (1986); Bell & McCaffrey (2002); Pustejovsky & Tipton (2018), sections 2 and 3."""
     if kind not in KINDS:
         raise InputError(f"Unknown kind {kind!r}." + nearest(kind, KINDS))
     used, p = weights > 0, x.shape[1]
+    if not (np.isfinite(weights).all() and (weights >= 0).all() and np.isfinite(x[used]).all() and np.isfinite(y[used]).all()):
+        raise InputError("x, y and weights must be finite numbers, and no weight below 0.")
     in_cluster = cluster_sums(used.astype(int), starts)
     starts = np.r_[0, np.cumsum(in_cluster[in_cluster > 0])]
     k = len(starts) - 1
@@ -89,14 +105,14 @@ def cluster_robust(x: np.ndarray, y: np.ndarray, weights: np.ndarray, starts: np
         raise EstimationError(f"{counted(k, 'cluster')} with weight: a standard error that counts clusters needs at least two.")
     x, y, w = x[used], y[used], weights[used] / weights[used].mean()
     l = np.hstack([x, w[:, None] * x])
-    if np.linalg.matrix_rank(x / np.linalg.norm(x, axis=0)) < p:
+    length = np.linalg.norm(x, axis=0)
+    if np.linalg.matrix_rank(x / np.where(length > 0, length, 1.0)) < p:
         raise EstimationError("Columns of the regression repeat each other, so their coefficients are not defined.")
     m = np.linalg.inv(x.T @ l[:, p:])
     coef = m @ (l[:, p:].T @ y)
     s = np.stack([cluster_sums(l * l[:, [j]], starts) for j in range(2 * p)], axis=1)
     c = np.block([[m @ (l[:, p:].T @ l[:, p:]) @ m, -m], [-m, np.zeros((p, p))]])
-    d = {"CR2": lambda: _inverse_root(s, c), "CR3": lambda: _left_out(s, m)}.get(
-        kind, lambda: np.broadcast_to(np.eye(2 * p)[p:] * (np.sqrt(k / (k - 1)) if kind == "CR1" else 1.0), (k, p, 2 * p)))()
+    d = _adjusted(kind, s, m, c)
     b = np.einsum("gij,gj->gi", d, cluster_sums(l * (y - x @ coef)[:, None], starts)) @ m
     return ClusterRobust(coef, b.T @ b, kind, k, m, s, d, c)
 
@@ -104,7 +120,8 @@ def cluster_robust(x: np.ndarray, y: np.ndarray, weights: np.ndarray, starts: np
 def cluster_counts(treat: np.ndarray, weights: np.ndarray, starts: np.ndarray) -> pd.DataFrame:
     """How many clusters stand behind each arm: "clusters" with weight, "effective" 1 / Σ share², and the "largest" share of the arm's weight.
 
-    treat : (n,) bool. weights : (n,) ≥ 0. starts : (K + 1,). Rows: treated, controls. Source: Kish's effective sample size, for clusters."""
+    treat : (n,) bool. weights : (n,) ≥ 0, in each arm some above 0. starts : (K + 1,). Rows: treated, controls.
+    Source: Kish's effective sample size, for clusters."""
     rows = {}
     for name, arm in (("treated", treat), ("controls", ~treat)):
         total = cluster_sums(np.where(arm, weights, 0.0), starts)
@@ -117,8 +134,8 @@ def clustered(estimate: Estimate, rest: np.ndarray, treat: np.ndarray, weights: 
               scale: float = 1.0) -> Estimate:
     """The same estimate with a standard error that counts clusters, and Satterthwaite's degrees of freedom.
 
-    estimate : of a contrast of two arms, or of one arm's mean if all of `treat` is True, times `scale`. rest : (n,) outcomes minus one reference model for both arms (or the outcomes
-    themselves). treat : (n,) bool. weights : (n,) ≥ 0. starts : (K + 1,). kind : "CR0" to "CR3".
+    estimate : of a contrast of two arms, or of one arm's mean if all of `treat` is True, times `scale`. rest : (n,) outcomes minus one reference
+    model for both arms (or the outcomes themselves). treat : (n,) bool. weights : (n,) ≥ 0. starts : (K + 1,). kind : "CR0" to "CR3".
     Raises `EstimationError` if an arm has weight in fewer than two clusters, or residuals do not vary between clusters."""
     counts, arms, c = None, np.ones((len(rest), 1)), np.ones(1)
     if not treat.all():
@@ -126,9 +143,11 @@ def clustered(estimate: Estimate, rest: np.ndarray, treat: np.ndarray, weights: 
         weights = weights / (arms @ (weights @ arms))                  # an arm's scale means nothing; a common one keeps digits
         alone = counts.index[counts["clusters"] < 2]
         if len(alone):
-            raise EstimationError(f"Only one cluster of the {alone[0]} has weight. What it is like cannot be told apart from the treatment, so there is no standard error.")
-    fit = cluster_robust(arms, np.where(weights > 0, rest, 0.0), weights, starts, kind)
+            raise EstimationError(f"Only one cluster of the {alone[0]} has weight. What it is like cannot be told apart from the treatment, "
+                                  "so there is no standard error.")
+    rest = np.where(weights > 0, rest, 0.0)
+    fit = cluster_robust(arms, rest, weights, starts, kind)
     variance = float(c @ fit.vcov @ c)
-    if not variance > 0:
+    if not variance > (1e-12 * np.abs(rest).max()) ** 2:               # below are rounding errors
         raise EstimationError("The outcome does not vary between clusters beyond what the covariates predict, so there is no standard error.")
     return replace(estimate, std_error=abs(scale) * float(np.sqrt(variance)), df=fit.df(c), vcov=f"{kind}, counts clusters", clusters=counts)

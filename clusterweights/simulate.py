@@ -14,7 +14,7 @@ from statistics import NormalDist
 import numpy as np
 import pandas as pd
 
-from .core import ClusterWeightsError, InputError, Table, counted, interval_plot, seeded_map
+from .core import ClusterWeightsError, InputError, Table, check_count, check_level, counted, interval_plot, seeded_map
 from .study import Study
 
 # %% auto #0
@@ -236,8 +236,7 @@ def monte_carlo(dgp: Callable, estimators: Mapping[str, Callable], reps: int, se
     threading backend they may be counted for a neighbour. The draws are the same for every number of workers. Raises `InputError` for no
     estimators, reps < 1 or a level outside (0, 1)."""
     _require(len(estimators) > 0, "estimators is empty: give at least one, as {name: function}.")
-    _require(isinstance(reps, (int, np.integer)) and reps >= 1, f"reps={reps!r} must be a whole number, at least 1.")
-    _require(0 < level < 1, f"level={level!r} must lie between 0 and 1, for example 0.95.")
+    reps, level = check_count("reps", reps, 1), check_level(level)
     one = partial(_replicate, dgp=dgp, estimators=estimators, truth=truth, level=level)
     done = seeded_map(one, reps, seed, workers=workers, progress=progress)
     warned = pd.DataFrame([row for _, rows in done for row in rows], columns=["estimator", "category", "message"])

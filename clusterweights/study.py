@@ -17,13 +17,15 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from .core import ClusterWeightsWarning, DroppedUnitsWarning, EstimationError, InputError, Table, caller_depth, counted, listed, nearest, shown
+from .core import (ClusterWeightsWarning, DroppedUnitsWarning, EstimationError, InputError, Table, caller_depth, counted, listed,
+                                 nearest, shown)
 
 # %% auto #0
-__all__ = ['cluster_sums', 'by_size', 'Study', 'numbers_by_name', 'variance_components', 'Description']
+__all__ = ['check_size', 'cluster_sums', 'by_size', 'varies_within', 'Study', 'numbers_by_name', 'variance_components',
+           'Description']
 
 # %% ../nbs/01_study.ipynb #5783daaf
-_TOO_LARGE = 1e100    # squares of larger values overflow
+_TOO_LARGE, _TOO_SMALL = 1e100, 1e-100    # squares of larger values overflow, those of smaller ones vanish
 
 
 def _is_factor(values: pd.Series) -> bool:
@@ -46,9 +48,17 @@ def _numbers(values: pd.Series, name, role: str) -> np.ndarray:
         raise InputError(f"The {role} {name!r} must be numeric, but holds {listed(dict.fromkeys(map(str, bad)), most=2)}.") from None
     if np.isinf(numbers).any():
         raise InputError(f"The {role} {name!r} has {counted(int(np.isinf(numbers).sum()), 'infinite value')}. Mend or drop these rows first.")
-    if (np.abs(numbers) > _TOO_LARGE).any():
-        raise InputError(f"The {role} {name!r} has values beyond ±{_TOO_LARGE:g}. Use larger units.")
+    check_size(numbers, f"The {role} {name!r}")
     return numbers
+
+
+def check_size(numbers: np.ndarray, what: str) -> None:
+    "Raise `InputError` if squares of the numbers (n,) would overflow or vanish; `what` they are begins the message. NaN is passed over."
+    size = np.nanmax(np.abs(numbers), initial=0.0)
+    if size > _TOO_LARGE:
+        raise InputError(f"{what} has values beyond ±{_TOO_LARGE:g}. Use larger units.")
+    if 0 < size < _TOO_SMALL:
+        raise InputError(f"{what} has no value beyond ±{_TOO_SMALL:g}, but some that are not 0. Use smaller units.")
 
 
 def _is_number(text: str) -> bool:
@@ -67,8 +77,9 @@ def _levels(values: pd.Series, name) -> tuple:
     numbers = [] if declared else [v for v in levels if _is_number(v)]
     if len(numbers) > max(2, len(levels) // 2):
         odd = [v for v in levels if v not in numbers]
-        raise InputError(f"Covariate {name!r} is text that looks like numbers: {listed(numbers, most=2)}" + (f"; not so {listed(odd, most=3)}" if odd else "")
-                         + ". Turn it into numbers (pandas: read_csv(…, decimal=',', na_values=[…]), or pd.to_numeric), or, if these are names, "
+        exceptions = f"; not so {listed(odd, most=3)}" if odd else ""
+        raise InputError(f"Covariate {name!r} is text that looks like numbers: {listed(numbers, most=2)}{exceptions}. "
+                         "Turn it into numbers (pandas: read_csv(…, decimal=',', na_values=[…]), or pd.to_numeric), or, if these are names, "
                          "into a factor: astype('category').")
     if len(levels) > max(20, len(values) // 2):
         raise InputError(f"Covariate {name!r} is text with {len(levels)} different values in {len(values)} rows: it looks like "
@@ -130,8 +141,8 @@ class _Encoder:
             raise InputError(f"The formula cannot be computed: {_plain(error)}") from error
         finite = np.isfinite(matrix.to_numpy(dtype=float)) if len(matrix) == len(frame) else np.zeros((1, len(matrix.columns)), dtype=bool)
         if not finite.all():
-            wrong = {str(name): int(k) for name, k in zip(matrix.columns, (~finite).sum(axis=0)) if k}
-            raise InputError("Terms of the formula have no finite value: " + ", ".join(f"{name} in {k}" for name, k in list(wrong.items())[:5]) + " rows.")
+            wrong = [f"{name} in {counted(int(k), 'row')}" for name, k in zip(matrix.columns, (~finite).sum(axis=0)) if k]
+            raise InputError("Terms of the formula have no finite value: " + ", ".join(wrong[:5]) + ".")
         keep = [j for j, name in enumerate(matrix.columns) if name != "Intercept"]
         place = {j: k for k, j in enumerate(keep)}
         terms = {str(term): tuple(place[j] for j in columns) for term, columns in matrix.model_spec.term_indices.items() if str(term) != "1"}
@@ -151,7 +162,8 @@ def _learn(frame: pd.DataFrame, covs: Sequence, missing: str, right_side: str | 
         if _is_factor(frame[cov]):
             levels[cov] = _levels(frame[cov], cov) + (("missing",) if gap.any() else ())
             if len(set(levels[cov])) < len(levels[cov]):
-                raise InputError(f"Covariate {cov!r} has a level 'missing' besides its {gap.sum()} gaps. Rename that level, or fill the gaps with it.")
+                raise InputError(f"Covariate {cov!r} has a level 'missing' besides {counted(int(gap.sum()), 'gap')}. "
+                                 "Rename that level, or fill the gaps with it.")
         elif gap.any():
             numbers = _numbers(frame[cov], cov, "covariate")
             if gap.all():
@@ -187,6 +199,8 @@ def _treatment(values: pd.Series, name, treated) -> tuple[np.ndarray, tuple]:
             raise InputError(f"The treatment {name!r} has the values {listed(found)}. Say which one means treated: "
                              f"treated={shown(found[1])}.")
         treated = 1
+    elif not isinstance(treated, Hashable):
+        raise InputError(f"treated={treated!r} must be a single value of {name!r}." + nearest("", found))
     elif treated not in found:
         raise InputError(f"treated={treated!r} does not occur in {name!r}." + nearest(treated, found))
     control = next(v for v in found if v != treated)
@@ -204,14 +218,22 @@ def cluster_sums(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
 def by_size(starts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, list]:
     """Clusters in order of size, so that those of one size form a stack of equal blocks.
 
-    Returns `order` (K,): which cluster comes first, second, ...; `first` (K + 1,): where each begins in the new order; `units` (n,): the old row of each
-    new one; and for each size (rows, clusters, (how many, size)), the first two as slices."""
+    starts : (K + 1,). Returns `order` (K,): which cluster comes first, second, ...; `first` (K + 1,): where each begins in the new order;
+    `units` (n,): the old row of each new one; and for each size (rows, clusters, (how many, size)), the first two as slices."""
     order = np.argsort(np.diff(starts), kind="stable")
     sizes = np.diff(starts)[order]
     first = np.r_[0, np.cumsum(sizes)]
     units = np.repeat(starts[:-1][order] - first[:-1], sizes) + np.arange(first[-1])
     cut = np.r_[0, np.flatnonzero(np.diff(sizes)) + 1, len(sizes)]
     return order, first, units, [(slice(first[a], first[b]), slice(a, b), (b - a, int(sizes[a]))) for a, b in zip(cut[:-1], cut[1:])]
+
+# %% ../nbs/01_study.ipynb #aecc3ac2
+def varies_within(x: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """(d,) whether a column varies within some cluster, beyond the precision of its numbers.
+
+    `x`: (n, d), sorted by cluster. `starts`: (K + 1,)."""
+    spread = (np.maximum.reduceat(x, starts[:-1]) - np.minimum.reduceat(x, starts[:-1])).max(axis=0)
+    return spread > 1e-12 * np.abs(x).max(axis=0, initial=0.0)
 
 # %% ../nbs/01_study.ipynb #257d610e
 def _open(data) -> nw.DataFrame:
@@ -238,7 +260,14 @@ def _read(data, columns: list) -> pd.DataFrame:
         raise InputError("The data have no rows.")
     if pandas:
         return pd.DataFrame({c: data.iloc[:, names.index(c)].reset_index(drop=True) for c in columns})
-    return pd.DataFrame({c: pd.Series(frame[c].to_numpy() if frame[c].dtype.is_numeric() else frame[c].to_list()) for c in columns})
+    return pd.DataFrame({c: _as_pandas(frame[c]) for c in columns})
+
+
+def _as_pandas(column: nw.Series) -> pd.Series:
+    "A column of another library. Whole numbers with gaps stay whole, since as floats two long identifiers can become one."
+    if not column.dtype.is_numeric():
+        return pd.Series(column.to_list())
+    return pd.Series(column.to_list(), dtype="Int64") if column.dtype.is_integer() and column.null_count() else pd.Series(column.to_numpy())
 
 
 def _settle_missing(frame: pd.DataFrame, missing: str, may_fill: Sequence) -> np.ndarray:
@@ -252,9 +281,9 @@ def _settle_missing(frame: pd.DataFrame, missing: str, may_fill: Sequence) -> np
         return ~gaps.drop(columns=list(may_fill)).any(axis=1).to_numpy()
     if gaps.any(axis=None):
         fillable = gaps[[c for c in may_fill if c in gaps]].any(axis=None)
-        raise InputError(f"{gaps.any(axis=1).sum():,} of {len(frame):,} rows have missing values: {_gaps_by_column(gaps)}. Say missing=\"drop\" to leave "
-                         "these rows out" + (", or missing=\"indicator\" to keep those whose gaps are in covariates, with a column that marks them." if fillable
-                                             else "."))
+        other_way = ', or missing="indicator" to keep those whose gaps are in covariates, with a column that marks them' if fillable else ""
+        raise InputError(f"{gaps.any(axis=1).sum():,} of {len(frame):,} rows have missing values: {_gaps_by_column(gaps)}. "
+                         f'Say missing="drop" to leave these rows out{other_way}.')
     return np.ones(len(frame), dtype=bool)
 
 
@@ -386,9 +415,9 @@ def _order_by(self: Study, labels: pd.Series, positions: np.ndarray, n_rows: int
         raise InputError(f"All {len(labels)} units share one cluster, {shown(found[0])}. Is {labels.name!r} the right column?")
     alike = len(found) - len({v.strip().casefold() if isinstance(v, str) else v for v in found})
     if alike:
-        warnings.warn(ClusterWeightsWarning(f"{counted(alike, 'label')} of {labels.name!r} differ from another only by blanks or capitals, and count as "
-                                            "clusters of their own. If they are not, mend the column first: .str.strip().str.lower()."),
-                      stacklevel=caller_depth())
+        message = (f"{counted(alike, 'label')} of {labels.name!r} differ from another only by blanks or capitals, and count as clusters of "
+                   "their own. If they are not, mend the column first: .str.strip().str.lower().")
+        warnings.warn(ClusterWeightsWarning(message), stacklevel=caller_depth())
     self.labels = np.empty(len(found), dtype=object)
     self.labels[:] = list(found)
     self._sorted = np.argsort(codes, kind="stable")     # among the rows that stay
@@ -412,13 +441,23 @@ def _altered(self: Study, **changes) -> Study:
 
 @patch
 def restrict(self: Study, kept: np.ndarray) -> Study:
-    "The same study with the units of a mask (n,) only, encoded as they are; sampling weights keep their size. `n_rows` stays, so that weights fit the data."
-    kept = np.asarray(kept, dtype=bool)
+    """The same study with some of its units only. They are encoded as they were, so a covariate may be constant among them, and sampling weights
+    keep their size. `n_rows` stays, so that weights fit the data; `level` and `constant_within` are those of the units that are left.
+
+    kept : (n,) bool, in the study's order. Raises `InputError` for anything else, `EstimationError` if an arm is left without units."""
+    kept = np.asarray(kept)
+    if kept.shape != (self.n,) or kept.dtype != bool:
+        raise InputError(f"kept must be True or False for each of the {self.n:,} units, in the study's order.")
+    survey, treat, x = self.level == "survey", self.treat[kept], self.x[kept]
+    if not treat.any() or (treat.all() and not survey):
+        arm = "respondents" if survey else "controls" if treat.any() else "treated units"
+        raise EstimationError(f"Among the {counted(int(kept.sum()), 'unit')} that are kept there are no {arm}.")
     found, codes = np.unique(self.cluster[kept], return_inverse=True)
-    changes = {name: getattr(self, name)[kept] for name in ("_rows", "_sorted", "drawn", "treat", "x", "sampling_weights")}
-    changes |= {"labels": self.labels[found], "cluster": codes, "starts": np.searchsorted(codes, np.arange(len(found) + 1)), "n": int(kept.sum()),
-                "n_clusters": len(found), "outcomes": MappingProxyType({name: y[kept] for name, y in self.outcomes.items()})}
-    return self._altered(**changes)
+    starts = np.searchsorted(codes, np.arange(len(found) + 1))
+    changes = {name: getattr(self, name)[kept] for name in ("_rows", "_sorted", "drawn", "sampling_weights")}
+    return self._altered(**changes, treat=treat, x=x, labels=self.labels[found], cluster=codes, starts=starts, n=len(treat), n_clusters=len(found),
+                         outcomes=MappingProxyType({name: y[kept] for name, y in self.outcomes.items()}),
+                         level="survey" if survey else _level(treat, starts), constant_within=_constant_within(x, starts, self.names))
 
 
 @patch
@@ -441,9 +480,14 @@ def from_rows(self: Study, values: np.ndarray) -> np.ndarray:
 
 @patch
 def to_rows(self: Study, values: np.ndarray, fill=0) -> np.ndarray:
-    "Values in cluster order, put back in the caller's row order, with `fill` in rows that were left out."
+    """Values in cluster order, put back in the caller's row order, with `fill` in rows that were left out.
+
+    values : (n,) or (n, …). Returns (n_rows,) or (n_rows, …), of a type that holds values and `fill`. Raises `InputError` for other shapes."""
     values = np.asarray(values)
-    out = np.full((self.n_rows, *values.shape[1:]), fill, dtype=values.dtype)
+    if values.shape[:1] != (self.n,):
+        raise InputError(f"Expected one value for each of the {self.n} units of the study, got shape {values.shape}.")
+    holds_both = values.dtype if fill is not None and fill == 0 else np.result_type(values.dtype, np.asarray(fill).dtype)
+    out = np.full((self.n_rows, *values.shape[1:]), fill, dtype=holds_both)
     out[self._rows] = values
     return out
 
@@ -453,8 +497,8 @@ def _weigh(self: Study, frame: pd.DataFrame, name) -> None:
     "Sampling weights with mean 1."
     weights = np.ones(self.n) if name is None else _numbers(frame[name], name, "column of sampling weights")[self._rows]
     if not (weights > 0).all():
-        raise InputError(f"Sampling weights must be positive; {name!r} has {counted(int((weights <= 0).sum()), 'value')} of 0 or less. A unit that stands "
-                         "for nobody should be left out.")
+        raise InputError(f"Sampling weights must be positive; {name!r} has {counted(int((weights <= 0).sum()), 'value')} of 0 or less. "
+                         "A unit that stands for nobody should be left out.")
     self.weight_scale = float(weights.mean())
     self.sampling_weights = weights / self.weight_scale
 
@@ -463,22 +507,27 @@ def _weigh(self: Study, frame: pd.DataFrame, name) -> None:
 def _encode(self: Study, frame: pd.DataFrame) -> None:
     "Covariates as numbers: `x`, `names`, `terms`, `constant_within`."
     x, names, terms = self._encoder(frame)
+    if not names:
+        raise InputError("The formula leaves no covariates to balance.")
     self.x, self.names, self.terms = x[self._sorted], tuple(names), MappingProxyType(terms)
-    size = np.abs(self.x).max(axis=0, initial=0.0)
-    constant = [t for t, j in terms.items() if not j or np.all(np.ptp(self.x[:, list(j)], axis=0) <= 1e-12 * size[list(j)])]
+    varies = _varies(self.x)
+    constant = [term for term, columns in terms.items() if not varies[list(columns)].any()]
     if constant:
         raise InputError(f"Constant covariates: {listed(constant)} (or without variation at the precision of a number). They cannot be out of "
                          "balance: leave them out.")
-    varies = np.ptp(self.x, axis=0) > 1e-12 * size
     if not varies.all():
         raise InputError(f"Columns that do not vary: {listed(n for n, v in zip(names, varies) if not v)}. Leave the terms out that make them.")
     self.constant_within = _constant_within(self.x, self.starts, names)
 
 
+def _varies(x: np.ndarray) -> np.ndarray:
+    "(d,) whether a column of `x` (n, d) varies, beyond the precision of its numbers."
+    return np.ptp(x, axis=0) > 1e-12 * np.abs(x).max(axis=0, initial=0.0)
+
+
 def _constant_within(x: np.ndarray, starts: np.ndarray, names: Sequence[str]) -> tuple[str, ...]:
     "Names of the columns that do not vary within any cluster."
-    spread = (np.maximum.reduceat(x, starts[:-1]) - np.minimum.reduceat(x, starts[:-1])).max(axis=0)
-    return tuple(n for n, s, z in zip(names, spread, np.abs(x).max(axis=0, initial=0.0)) if s <= 1e-12 * z)
+    return tuple(name for name, varies in zip(names, varies_within(x, starts)) if not varies)
 
 
 def _level(treat: np.ndarray, starts: np.ndarray) -> str:
@@ -528,7 +577,7 @@ def encode(self: Study, data) -> np.ndarray:
 @patch
 def find_clusters(self: Study, data) -> np.ndarray:
     "(m,) the cluster of each row of another data frame, by its label; −1 for clusters that the study does not have."
-    labels = _read(data, [self.columns["cluster"]]).iloc[:, 0]
+    labels = _hashable(_read(data, [self.columns["cluster"]]).iloc[:, 0], "cluster")
     place = {label: k for k, label in enumerate(self.labels)}
     return np.array([place.get(label, -1) for label in labels])
 
@@ -575,9 +624,11 @@ def from_formula(cls: Study, formula: str, data, *, outcome: Hashable | Sequence
         variables = formulaic.Formula(right).required_variables
     except Exception as error:
         raise InputError(f"The formula {formula!r} cannot be read: {_plain(error)}") from error
-    mentioned = {a or b for a, b in re.findall(r"`([^`]+)`|\b([A-Za-z_]\w*)\b(?!\s*(?:\(|=[^=]))", right)} & set(_open(data).columns)
+    words = re.findall(r"`([^`]+)`|\b([A-Za-z_]\w*)\b(?!\s*(?:\(|=[^=]))", right)          # but no names of functions or their arguments
+    mentioned = {quoted or word for quoted, word in words} & set(_open(data).columns)
     study = cls.__new__(cls)
-    study._fill(data, {"treat": treat}, cluster, sorted(mentioned | set(map(str, variables))), outcome, sampling_weights, missing, treated=treated, right_side=right)
+    study._fill(data, {"treat": treat}, cluster, sorted(mentioned | set(map(str, variables))), outcome, sampling_weights, missing,
+                treated=treated, right_side=right)
     return study
 
 # %% ../nbs/01_study.ipynb #03287eed
@@ -603,6 +654,7 @@ def survey(cls: Study, data, *, outcome: Hashable | Sequence[Hashable], cluster:
 
     outcome : numeric column(s), missing for those who did not respond. responded : 0/1 column of who responded, if not read off the outcome.
     totals : population totals by column of `x` (see `names`), and under "N" the population's size; the target then, instead of the sample.
+        A mapping or a pandas series.
     cluster, covs, sampling_weights, missing : as for `Study`; `missing` is about everything but the outcome."""
     study = cls.__new__(cls)
     study._fill(data, {} if responded is None else {"responded": responded}, cluster, _as_list(covs), outcome, sampling_weights, missing, survey=True)
@@ -616,12 +668,14 @@ def survey(cls: Study, data, *, outcome: Hashable | Sequence[Hashable], cluster:
 
 
 def numbers_by_name(values: Mapping[str, float], names: Sequence[str], also: Sequence[str] = ()) -> np.ndarray:
-    "(d,) numbers for the columns `names`; raises if one is lacking or unknown."
+    "(d,) numbers for the columns `names` from a mapping or a pandas series; raises if one is lacking or unknown."
+    values = dict(values) if isinstance(values, pd.Series) else values
     if not isinstance(values, Mapping):
         raise InputError(f"Give a number for each column by name, as in {{{names[0]!r}: 0.5, …}}, not {type(values).__name__}.")
     lacking, unknown = [n for n in (*names, *also) if n not in values], [n for n in values if n not in (*names, *also)]
     if lacking or unknown:
-        raise InputError((f"No value for {listed(lacking)}." if lacking else "") + (f" Unknown: {listed(unknown)}." if unknown else ""))
+        said = [f"No value for {listed(lacking)}."] * bool(lacking) + [f"Unknown: {listed(unknown)}."] * bool(unknown)
+        raise InputError(" ".join(said))
     try:
         return np.array([float(values[n]) for n in (*names, *also)])[:len(names)]
     except (TypeError, ValueError):
@@ -635,9 +689,9 @@ def _take(self: Study, rows: np.ndarray, starts: np.ndarray, labels: np.ndarray)
     if treat.all() or not treat.any():
         what = "respondents" if self.level == "survey" else "treated units"
         raise EstimationError(f"The sample drawn has {'only' if treat.all() else 'no'} {what}.")
-    constant = np.ptp(x, axis=0) <= 1e-12 * np.abs(x).max(axis=0)
-    if constant.any():
-        raise EstimationError(f"In the sample drawn {listed(n for n, c in zip(self.names, constant) if c)} no longer varies.")
+    lost = ~_varies(x) & _varies(self.x)                     # in a part of a study, some may not have varied before
+    if lost.any():
+        raise EstimationError(f"In the sample drawn {listed(name for name, gone in zip(self.names, lost) if gone)} no longer varies.")
     n, every = len(rows), np.arange(len(rows))
     return self._altered(
         treat=treat, x=x, sampling_weights=s / s.mean(), weight_scale=self.weight_scale * float(s.mean()), starts=starts, labels=labels,
@@ -658,8 +712,8 @@ def _positions(values, size: int, what: str) -> np.ndarray:
 def resample(self: Study, clusters: np.ndarray) -> Study:
     """The study of drawn clusters, each draw a cluster of its own under a fresh label (label, number of the draw).
 
-    clusters : (K',) int, 0 … K − 1, at least two, repeats allowed. Sampling weights are brought to mean 1 again. Raises `InputError` for anything else,
-    `EstimationError` if the draw has no treated units or only such, or a covariate that no longer varies."""
+    clusters : (K',) int, 0 … K − 1, at least two, repeats allowed. Sampling weights are brought to mean 1 again. Raises `InputError` for
+    anything else, `EstimationError` if the draw has no treated units or only such, or a covariate that no longer varies."""
     clusters = _positions(clusters, self.n_clusters, "clusters")
     if len(clusters) < 2:
         raise InputError("Draw at least two clusters.")
@@ -688,7 +742,10 @@ def reweight(self: Study, factors: np.ndarray) -> Study:
     """The study with each cluster's sampling weights multiplied by its factor, and brought to mean 1 again.
 
     factors : (K,) positive. Raises `InputError` for anything else."""
-    factors = np.asarray(factors, dtype=float)
+    try:
+        factors = np.asarray(factors, dtype=float)
+    except (TypeError, ValueError):
+        factors = np.empty(0)
     if factors.shape != (self.n_clusters,) or not (np.isfinite(factors).all() and (factors > 0).all()):
         raise InputError(f"factors must be {self.n_clusters} positive numbers, one for each cluster.")
     weights = self.sampling_weights * np.repeat(factors, np.diff(self.starts))
@@ -699,7 +756,8 @@ def variance_components(values: np.ndarray, starts: np.ndarray) -> tuple[np.ndar
     """One-way analysis-of-variance estimates of the variances between and within clusters.
 
     `values`: (n,) or (n, d), sorted by cluster. `starts`: (K + 1,). Returns two arrays (d,) or floats; the first may be
-    negative. Both are NaN if every cluster has one unit; a single cluster gives 0 and the variance. Source: Searle, Casella & McCulloch (1992), section 3.6."""
+    negative. Both are NaN if every cluster has one unit; a single cluster gives 0 and the variance.
+    Source: Searle, Casella & McCulloch (1992), section 3.6."""
     n, sizes = len(values), np.diff(starts)
     k = len(sizes)
     if k == 1:                                              # one cluster: nothing lies between clusters
