@@ -207,7 +207,9 @@ class Method:
 
     outcome_model : what the standard error's outcome model may know, see `OutcomeModel`; or a function of the options used.
     estimands : those it can estimate in a study of treated and untreated; "mean" and "total" in a survey. source : the reference to cite.
-    levels : the studies it is for: "unit" (treatment varies within clusters), "cluster" (whole clusters were treated), "survey"."""
+    levels : the studies it is for: "unit" (treatment varies within clusters), "cluster" (whole clusters were treated), "survey".
+    problem : for methods whose weights solve a `Problem` in which `lam` multiplies the ridge: (study, options) → whether units stand for their own
+    cluster's target only, and a function that makes of an `Arm` its problem with lam = 1."""
     name: str
     label: str | Callable[[Mapping], str]
     function: Callable
@@ -215,6 +217,7 @@ class Method:
     estimands: tuple[str, ...]
     source: str = ""
     levels: tuple[str, ...] = ("unit", "survey")
+    problem: Callable[[Study, Mapping], tuple[bool, Callable[[Arm], Problem]]] | None = None
 
     @functools.cached_property
     def options(self) -> tuple[str, ...]:
@@ -235,10 +238,10 @@ FRAMEWORK_PAPER = "Ben-Michael, E., Feller, A. & Keele, L. (2026). A weighting f
 
 
 def method(name: str, label: str | Callable, *, outcome_model: str | Callable, estimands: tuple[str, ...] = ("ATT", "ATC", "ATE"), source: str = "",
-           levels: tuple[str, ...] = ("unit", "survey")) -> Callable:
+           levels: tuple[str, ...] = ("unit", "survey"), problem: Callable | None = None) -> Callable:
     """Register a function `<name>_weights(study, …, *, estimand=None, …) -> Weights` as a method of that name.
 
-    The function gets the estimand by its usual name. label : for tables. outcome_model, estimands, source, levels : as in `Method`."""
+    The function gets the estimand by its usual name. label : for tables. outcome_model, estimands, source, levels, problem : as in `Method`."""
     def register(function):
         @functools.wraps(function)
         def run(study, *args, **options):
@@ -251,7 +254,7 @@ def method(name: str, label: str | Callable, *, outcome_model: str | Callable, e
             weights = function(study, *args, **options)
             _warn(weights)
             return weights
-        METHODS[name] = Method(name, label, run, outcome_model, estimands, source, levels)
+        METHODS[name] = Method(name, label, run, outcome_model, estimands, source, levels, problem)
         return run
     return register
 
@@ -901,6 +904,11 @@ _SPLITS = 3
 _ENOUGH = 0.95
 
 
+def _enough(q: np.ndarray) -> int:
+    "The first of squared imbalances q, lam falling, with 95% of what there is to gain."
+    return int(np.argmax(q <= q[0] - _ENOUGH * (q[0] - q.min())))
+
+
 def _halves(study: Study, arm: Arm, within: bool, standardize: bool, rng: np.random.Generator) -> list[Arm]:
     "The arm with either half of its target, drawn within clusters and counted twice. Clusters with a single target unit have no part in it."
     order = np.lexsort((rng.permutation(study.n), study.cluster))
@@ -941,21 +949,41 @@ def balance_lam(study: Study, estimand: str, name: str, problem: Callable[[Arm],
     for _ in range(_SPLITS):
         first, second = _halves(study, arm, within, standardize, rng)
         held += _held_out(first, second, problem, tolerance) + _held_out(second, first, problem, tolerance)
-    return float(_LAMS[np.argmax(held <= held[0] - _ENOUGH * (held[0] - held.min()))])
+    return float(_LAMS[_enough(held)])
 
 # %% ../nbs/08_weights.ipynb #cd649968
+def _knee(size: np.ndarray, imbalance: np.ndarray) -> int | None:
+    "The point furthest below the chord of the curve (size, imbalance), both scaled to 0 … 1; None if there is none below it."
+    if np.ptp(size) == 0 or np.ptp(imbalance) == 0:
+        return None
+    below = (size - size.min()) / np.ptp(size) - (imbalance - imbalance.min()) / np.ptp(imbalance)
+    return int(np.argmax(below)) if below.max() > 1e-9 else None
+
+# %% ../nbs/08_weights.ipynb #8d51fb55
+_CHOICES = {"this recipe": ("X", 11), "knee": ("D", 8), "95% of attainable balance": ("s", 10), "held-out balance": ("^", 10)}
+
+
 @dataclass(frozen=True, eq=False)
 class LamPath:
-    """One recipe along `lam`. table : one row for each, with lam, ess (of the weighted arms, the smaller), l2_local (after weighting) and the
-    estimate (if there is an outcome). chosen : the recipe's own row."""
+    """One recipe along `lam`.
+
+    table : one row for each, with lam (of two weighted arms the geometric mean), ess (of the weighted arms, the smaller), imbalance, and the estimate (if
+    there is an outcome). choices : the same for "this recipe", and where the rules choose, for the "knee" of the path, "95% of attainable balance"
+    along the path, and "held-out balance" (`lam="balance"`). label : of the method. measure : what imbalance is. notes : why a choice is missing."""
     table: pd.DataFrame
-    chosen: pd.Series
+    choices: pd.DataFrame
     label: str
+    measure: str
+    notes: Sequence[str] = ()
 
     def summary(self) -> Table:
-        "The table for reading."
-        rows = self.table.set_index(pd.Index([f"{lam:.4g}" for lam in self.table["lam"]], name="lam")).drop(columns="lam")
-        return Table(rows, title=f"{self.label} along lam", formats={"ess": ",.0f", "l2_local": ".3f", "estimate": "z.4f"})
+        "Path and choices in one table, by lam."
+        marked = self.choices.assign(choice=self.choices.index)
+        rows = pd.concat([marked, self.table[~self.table["lam"].isin(marked["lam"])].assign(choice="")])
+        rows = rows.groupby("lam").agg({name: "first" for name in self.table if name != "lam"} | {"choice": ", ".join})
+        rows.index = pd.Index([f"{lam:.4g}" for lam in rows.index], name="lam")
+        return Table(rows, title=f"{self.label} along lam", notes=[f"imbalance: {self.measure}.", *self.notes],
+                     formats={"ess": ",.0f", "imbalance": ".3g", "estimate": "z.4f"})
 
     def __str__(self) -> str: return str(self.summary())
     __repr__ = __str__
@@ -963,41 +991,108 @@ class LamPath:
     def _repr_html_(self) -> str: return self.summary()._repr_html_()
 
     def plot(self, axes=None):
-        "Local imbalance and, if there is one, the estimate against the effective sample size; a cross marks the recipe's own. Returns the Axes."
-        shown = {"l2_local": "local L2 after weighting", "estimate": "estimate"}
+        "Imbalance and, if there is one, the estimate against the effective sample size, with the choices marked. Returns the Axes."
+        shown = {"imbalance": self.measure, "estimate": "estimate"}
         shown = {name: label for name, label in shown.items() if name in self.table}
         if axes is None:
             import matplotlib.pyplot as plt
-            _, axes = plt.subplots(1, len(shown), figsize=(1 + 4 * len(shown), 3.2), squeeze=False, layout="constrained")
+            _, axes = plt.subplots(1, len(shown), figsize=(1 + 4 * len(shown), 3.6), squeeze=False, layout="constrained")
         axes = panels(axes, len(shown))
         for ax, (name, label) in zip(axes, shown.items()):
-            ax.plot(self.table["ess"], self.table[name], "o-", color="black", markersize=4)
-            ax.plot(self.chosen["ess"], self.chosen[name], "X", color="black", markersize=11, markerfacecolor="white")
+            ax.plot(self.table["ess"], self.table[name], ".-", color="black", markersize=5, linewidth=1)
+            for choice, row in self.choices.iterrows():
+                shape, size = _CHOICES[choice]
+                ax.plot(row["ess"], row[name], shape, color="black", markersize=size, markerfacecolor="none", label=choice, linestyle="none")
             ax.set(xlabel="effective sample size", ylabel=label)
             ax.spines[["top", "right"]].set_visible(False)
+        axes[0].legend(fontsize="small", frameon=False)
         return axes
+
+# %% ../nbs/08_weights.ipynb #855dd998
+def _posed(weights: Weights) -> list[tuple[Arm, Problem]]:
+    "The problem with lam = 1 of each weighted arm, loosened as the recipe's was; empty if the method has none."
+    own, params = METHODS[weights.method], weights.params
+    if own.problem is None:
+        return []
+    within, problem = own.problem(weights.study, params)
+    made, _, _ = arms(weights.study, weights.estimand, within=within,
+                      **{k: params[k] for k in ("cluster_weight", "standardize", "target") if k in params})
+    exact = {name for name, solution in weights.solutions.items() if solution.tolerance == 0}
+    return [(arm, with_tolerance(problem(arm), 0.0 if arm.name in exact else params["tolerance"])) for arm in made]
+
+
+def _along(weights: Weights, posed: Sequence[tuple[Arm, Problem]], lams: Sequence) -> list[Weights]:
+    "The recipe with each of `lams` (numbers, or one for each arm): in one go, or fitted anew where there is no problem or a solver was asked for."
+    if not posed or weights.params["solver"] != "auto":
+        return [weights.refit(weights.study, lam=lam) for lam in lams]
+    in_order, solutions = [weights.in_order.copy() for _ in lams], [{} for _ in lams]
+    for arm, problem in posed:
+        values = np.array([lam[arm.name] if isinstance(lam, Mapping) else lam for lam in lams])
+        falling = np.argsort(-values)
+        for k, solution in zip(falling, solve_path(problem, values[falling])):
+            in_order[k][arm.rows], solutions[k][arm.name] = solution.weights, solution
+    return [replace(weights, params=weights.params | {"lam": lam}, in_order=w, solutions=s) for lam, w, s in zip(lams, in_order, solutions)]
+
+
+def _left(weights: Weights, posed: Sequence[tuple[Arm, Problem]], where: str) -> float:
+    "The imbalance that a path shows: of the problems, or where there are none L2 `where`, global or local."
+    if not posed:
+        return float(weights.balance().l2.loc[where, "after"])
+    return float(np.sqrt(sum(((problem.balance(weights.in_order[arm.rows]) - problem.target) ** 2).sum() for arm, problem in posed)))
+
+
+def _middle(lam) -> float:
+    "A number for a table: itself, or the geometric mean over arms."
+    return float(np.exp(np.mean(np.log(list(lam.values()))))) if isinstance(lam, Mapping) else lam
+
+
+def _held_out_choice(weights: Weights) -> tuple[list[Weights], list[str]]:
+    "The recipe with lam='balance', or why there is none."
+    if METHODS[weights.method].problem is None:
+        return [], []
+    try:
+        return [weights.refit(weights.study, lam="balance")], []
+    except EstimationError as error:
+        return [], [f"No held-out choice: {error}"]
 
 
 @patch
 def path(self: Weights, lams: Sequence[float] | None = None) -> LamPath:
-    """What the same recipe gives with other `lam`: effective sample size, local imbalance, estimate.
+    """What the same recipe gives with other `lam`: effective sample size, imbalance, estimate; and which `lam` three rules choose that read no outcome.
 
-    lams : positive numbers (default: nine from 1/100 to 100 times the recipe's own, in each weighted arm).
-    Raises `InputError` if the method has no lam."""
+    lams : positive numbers. Default: 25 from 0.001 to 100,000; for methods without a held-out choice nine from 1/100 to 100 times the recipe's own.
+    With two weighted arms they keep the ratio of the recipe's own.
+    Raises `InputError` if the method has no lam, or for other numbers.
+    Source of the knee: Satopää, Albrecht, Irwin & Raghavan (2011)."""
     if "lam" not in self.params:
         raise InputError(f"{self.label} has no lam.")
-    def row(weights, lam):
-        found = {"lam": lam, "ess": min(weights.ess[arm] for arm in weights.weighted_arms), "l2_local": weights.balance().l2.loc["local", "after"]}
-        return found | ({} if self.study.outcome is None else {"estimate": point_estimate(weights, self.study.outcome)})
     own = self.params["lam"]
-    middle = float(np.exp(np.mean(np.log(list(own.values()))))) if isinstance(own, Mapping) else own
-    grid = np.logspace(-2, 2, 9) if lams is None else np.asarray(lams, dtype=float) / middle
+    posed = _posed(self)
+    usual = _LAMS if posed else np.logspace(-2, 2, 9) * _middle(own)
+    grid = np.sort(np.asarray(usual if lams is None else lams, dtype=float).ravel())
+    if not (grid.size and np.isfinite(grid).all() and (grid > 0).all()):
+        raise InputError("lams must be positive numbers.")
+    where = "global" if posed or np.isnan(self.balance().l2.loc["local", "after"]) else "local"
+    measure = "L2 imbalance that weights minimise" if posed else f"{where} L2 after weighting"
+
+    def row(weights, lam):
+        found = {"lam": lam, "ess": min(weights.ess[arm] for arm in weights.weighted_arms),
+                 "imbalance": _left(weights, posed, where)}
+        return found | ({} if self.study.outcome is None else {"estimate": point_estimate(weights, self.study.outcome)})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", OverlapWarning)      # small lam is there to show what it does
         warnings.simplefilter("ignore", DroppedUnitsWarning)
-        times = [{arm: v * f for arm, v in own.items()} if isinstance(own, Mapping) else own * f for f in grid]
-        rows = [row(self.refit(self.study, lam=lam), middle * f) for lam, f in zip(times, grid)]
-    return LamPath(pd.DataFrame(rows), pd.Series(row(self, middle)), self.label)
+        times = [{arm: v * lam / _middle(own) for arm, v in own.items()} if isinstance(own, Mapping) else lam for lam in grid.tolist()]
+        table = pd.DataFrame([row(w, lam) for w, lam in zip(_along(self, posed, times), grid)])
+        held_out, notes = _held_out_choice(self)
+    knee, falling = _knee(table["ess"].to_numpy(), table["imbalance"].to_numpy()), table["imbalance"].to_numpy()[::-1] ** 2
+    choices = {"this recipe": row(self, _middle(own))} | ({} if knee is None else {"knee": table.iloc[knee]}) | {
+        "95% of attainable balance": table.iloc[len(table) - 1 - _enough(falling)]} | {
+            "held-out balance": row(w, _middle(w.params["lam"])) for w in held_out}
+    return LamPath(table, pd.DataFrame.from_dict(choices, orient="index", columns=table.columns), self.label, measure, tuple(notes))
+
+
+
 
 # %% ../nbs/08_weights.ipynb #1005e2dc
 @dataclass(frozen=True, eq=False)
