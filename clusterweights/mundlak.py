@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from .core import EstimationError, InputError, OverlapWarning, Table, caller_depth, counted, listed, nearest
+from .core import (ClusterWeightsWarning, EstimationError, InfeasibleError, InputError, OverlapWarning, Table, caller_depth, counted,
+                                 interval_plot, listed, nearest)
 from .framework import decompose
 from .ipw import fit_levels
 from .qp import BlockSums, Problem, Solution, block_bounds, centred, exact_means, exact_totals, solve_within
@@ -22,7 +23,7 @@ from .weights import (FRAMEWORK_PAPER, WEIGHTED_ARMS, Arm, Weights, balance_lam,
 
 # %% auto #0
 __all__ = ['ClusterStatistics', 'cluster_statistics', 'solve_mundlak', 'mundlak_weights', 'decompose_by_statistics',
-           'mundlak_scores']
+           'mundlak_scores', 'plot_statistics']
 
 # %% ../nbs/13_mundlak.ipynb #843d5c38
 _STATISTICS = ("means", "treated", "treated means", "squares")
@@ -344,3 +345,35 @@ def mundlak_scores(study: Study, statistics=("means", "treated"), *, products: b
         x = np.column_stack([x, f.psi])
         names += [f"{a} × {b}" for a in f.names[:f.phi.shape[1]] for b in found.names]
     return study.to_rows(fit_levels(x, study.treat, np.array([0, study.n]), weights=study.sampling_weights, names=names), np.nan)
+
+# %% ../nbs/13_mundlak.ipynb #a765fb6b
+_RICHER = {"treated": "treated", "means": "means", "means, treated": ("means", "treated"), "+ treated means": ("means", "treated", "treated means"),
+           "+ squares": _STATISTICS}
+
+
+def plot_statistics(study: Study, recipes: Mapping[str, object] | None = None, *, beside: Weights | None = None, ax=None, **options):
+    """Estimates of both variants and their 95% intervals as the statistics grow richer (GB filled, AvTO hollow); returns the Axes.
+
+    recipes : label → statistics, as in `cluster_statistics` (default: from the share treated to all four kinds). beside : weights of another method,
+    whose estimate and interval are drawn in grey. options : of `mundlak_weights`. Where no weights exist the row is empty."""
+    recipes = _RICHER if recipes is None else recipes
+    for variant, shift in (("gb", -0.15), ("avto", 0.15)):
+        rows = np.array([_effect_with(study, variant=variant, statistics=statistics, **options) for statistics in recipes.values()])
+        ax = interval_plot(list(recipes), *rows.T, ax=ax, shift=shift, filled=variant == "gb", label=_VARIANTS[variant], reference=None)
+    if beside is not None:
+        own = beside.estimate()
+        ax.axvspan(*own.conf_int(), color="0.9", zorder=0)
+        ax.axvline(own.estimate, color="grey", linewidth=1, label=beside.label)
+    ax.set_xlabel("estimate")
+    return ax
+
+
+def _effect_with(study: Study, **options) -> tuple[float, float, float]:
+    "Estimate and interval, NaN where balance is impossible. Warnings of what is extrapolated or left out are the same for all statistics."
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ClusterWeightsWarning)
+        try:
+            effect = mundlak_weights(study, **options).estimate()
+        except InfeasibleError:
+            return (np.nan,) * 3
+    return effect.estimate, *effect.conf_int()

@@ -1,6 +1,8 @@
 """Mundlak weights: parity with R, the link to hierarchical weights, statistics, extrapolation, scores and the split of the bias."""
 
+import json
 import pickle
+import re
 import warnings
 from pathlib import Path
 
@@ -314,3 +316,35 @@ def test_weights_travel(frame):
     assert cw.mundlak_weights(simulated_study(frame), variant="avto").label == "Mundlak, average to one"
     drawn = w.study.resample(np.arange(0, 30, 2))
     np.testing.assert_allclose(w.refit(drawn).weights, cw.mundlak_weights(drawn, lam=w.params["lam"]).weights, atol=1e-12)
+
+
+def test_the_chapter_quotes_the_benchmark():
+    "The figures in the chapter are those of benchmarks/framework_simulation.md."
+    root = Path(__file__).resolve().parents[1]
+    names = {"balancing": "no clusters"}
+    lines = re.findall(r"^ ?(0\.\d+) +(.+?) +(-?0\.\d+)((?: +-?\d+\.\d+){3}) +(0\.\d+)", (root / "benchmarks/framework_simulation.md").read_text(encoding="utf-8"), re.M)
+    measured = {(names.get(name, name), float(rho)): (float(bias), float(sd)) for rho, name, bias, _, sd in lines}
+    [cell] = [cell["source"] for cell in json.loads((root / "nbs/13_mundlak.ipynb").read_text(encoding="utf-8"))["cells"]
+              if "method,rho,bias,sd" in "".join(cell["source"])]
+    quoted = re.findall(r'^"?([\w ,-]+?)"?,([\d.]+),(-?[\d.]+),([\d.]+)$', "".join(cell), re.M)
+    assert {(name, float(rho)): (float(bias), float(sd)) for name, rho, bias, sd in quoted} == measured and len(measured) == 18
+
+
+def test_the_plot_over_statistics(frame):
+    "With statistics that tell clusters apart, global balance cannot reach a cluster without controls; average to one leaves it out."
+    few = frame[(frame["cluster"] < 8) & ~((frame["cluster"] == 0) & (frame["treat"] == 0))]
+    study = cw.Study(few, treat="treat", outcome="outcome", cluster="cluster", covs=["x2", "x4"])
+    recipes = {"few": "treated", "more": ["means", "treated"], "too many": lambda s: np.eye(8)[s.cluster][:, 1:]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", cw.ClusterWeightsWarning)
+        beside = cw.hierarchical_weights(study, lam=3.0)
+        made = [cw.mundlak_weights(study, variant=variant, statistics=recipes[label], lam=3.0).estimate().estimate
+                for variant, label in (("gb", "few"), ("gb", "more"), ("avto", "few"), ("avto", "more"), ("avto", "too many"))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ax = cw.plot_statistics(study, recipes, beside=beside, lam=3.0)
+    gb, avto = ax.lines[0], ax.lines[1]
+    np.testing.assert_allclose(np.r_[gb.get_xdata()[:2], avto.get_xdata()], made, atol=1e-12)
+    assert np.isnan(gb.get_xdata()[2]) and (gb.get_markerfacecolor(), avto.get_markerfacecolor()) == ("black", "white")
+    assert [text.get_text() for text in ax.get_yticklabels()] == list(recipes)
+    assert ax.lines[2].get_xdata()[0] == pytest.approx(beside.estimate().estimate)
