@@ -18,7 +18,8 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from .core import DroppedUnitsWarning, EstimationError, FewClustersWarning, InfeasibleError, InputError, OverlapWarning, Table, caller_depth, counted, listed, nearest, shown
+from .core import (DroppedUnitsWarning, EstimationError, FewClustersWarning, InfeasibleError, InputError, OverlapWarning, Table,
+                                 caller_depth, counted, listed, nearest, shown)
 from .framework import Balance, balance, compare_groups, ess, panels, standardized_differences
 from .inference import Estimate, contrast, reference_prediction, weighted_mean
 from .outcomes import OutcomeModel, Prediction, corrected_mean, outcome_features, predict_outcome
@@ -46,8 +47,10 @@ class Arm:
     """Units to be weighted and the target they should stand for, by cluster; what a method's array function works on.
 
     name : "controls", "treated" or "respondents". rows : (m,) positions in the study. x : (m, d) features. base : (m,) sampling weights.
-    starts : (K + 1,) blocks of rows; one block for methods that ignore clusters. target_mean : (K, d) and target_total : (K,), the target's mean features
-    and size in each block. spread : (d,) one standard deviation of each feature. names, labels : of features and blocks. goal : (n,) how much of the target each
+    starts : (K + 1,) blocks of rows; one block for methods that ignore clusters. target_mean : (K, d) and target_total : (K,), the target's mean
+    features
+    and size in each block. spread : (d,) one standard deviation of each feature. names, labels : of features and blocks. goal : (n,) how much of the
+    target each
     unit of the study is (0 for units that are no part of it); it says nothing of a target from outside."""
     name: str
     rows: np.ndarray
@@ -283,8 +286,8 @@ def _check_call(method: Method, study, options: Mapping) -> None:
         if option not in known:
             raise InputError(f"{name} has no option {option!r}." + nearest(option, known))
     if isinstance(options.get("bounds"), (tuple, list)) and options["bounds"] and isinstance(options["bounds"][0], Real) and options["bounds"][0] < 0:
-        raise InputError(f"bounds={options['bounds']!r}: weights below 0 extrapolate, and no balance table or sample size can be read then. The array "
-                         "functions allow them.")
+        raise InputError(f"bounds={options['bounds']!r}: weights below 0 extrapolate, and no balance table or sample size can be read then. The "
+                         "array functions allow them.")
     others = [m.function.__name__ for m in METHODS.values() if study.level in m.levels]
     if study.level == "survey" and "survey" not in method.levels:
         raise InputError(f"{name} is for a Study of treated and untreated units; for a survey use {listed(others)}.")
@@ -293,9 +296,10 @@ def _check_call(method: Method, study, options: Mapping) -> None:
                          f"treated and untreated within clusters, so it cannot be used; {listed(others)} can.")
     if study.level == "unit" and "unit" not in method.levels:
         both = (study.n_treated > 0) & (study.n_controls > 0)
-        raise InputError(f"{name} is for whole clusters that are treated or not. {study.columns['treat']!r} varies within {both.sum():,} of {study.n_clusters:,} clusters "
-                         f"({listed(study.labels[both])}). If these are slips in the data, mend them first. "
-                         f"{listed(m.function.__name__ for m in METHODS.values() if m.levels[0] == 'unit' and 'cluster' not in m.levels)} compare within clusters.")
+        raise InputError(f"{name} is for whole clusters that are treated or not. {study.columns['treat']!r} varies within {both.sum():,} of "
+                         f"{study.n_clusters:,} clusters ({listed(study.labels[both])}). If these are slips in the data, mend them first. "
+                         f"{listed(m.function.__name__ for m in METHODS.values() if m.levels[0] == 'unit' and 'cluster' not in m.levels)} "
+                         "compare within clusters.")
 
 # %% ../nbs/08_weights.ipynb #5da0a381
 @dataclass(frozen=True)
@@ -318,7 +322,8 @@ class Weights:
     """Weights of a method for a study.
 
     study, method (name), params : what was asked of whom; params["lam"] is the number that was used (one for each weighted arm, if there are
-    two). estimand : "ATT", "ATC", "ATE", "ATO", in a survey "mean" or "total". in_order, reason : (n,) weights, and why a unit is left out, in the study's order.
+    two). estimand : "ATT", "ATC", "ATE", "ATO", in a survey "mean" or "total". in_order, reason : (n,) weights, and why a unit is left out, in the
+    study's order.
     solutions : the solver's solution for each weighted arm, with its certificate; empty if the weights have a closed form. outside : the
     target, if it came from outside the study. facts : what the method adds to the summary."""
     study: Study
@@ -361,7 +366,8 @@ class Weights:
 
     @property
     def gaps(self) -> dict[str, np.ndarray]:
-        """For each mean that is weighted, (n,) each unit's share of the arm's weights minus its share of the target, in the study's order: how far the weights are from
+        """For each mean that is weighted, (n,) each unit's share of the arm's weights minus its share of the target, in the study's order: how far
+        the weights are from
         what they stand for. Raises `InputError` for a target from outside, whose units are not in the study."""
         if self.outside is not None:
             raise InputError("The target comes from outside, so its units cannot be compared one by one with those of the study.")
@@ -484,7 +490,8 @@ def _target_outside(study: Study, target, made: list[Arm], within: bool) -> Targ
         size = round(made[0].target_total.sum())
         return Target(size, 0, size, 0, "units of a population given from outside")      # whose clusters play no part
     outside = _outside(study, target, within)
-    return Target(round(made[0].target_total.sum()), len(made[0].target_total), outside.units, outside.clusters, "units of a population given from outside")
+    return Target(round(made[0].target_total.sum()), len(made[0].target_total), outside.units, outside.clusters,
+                  "units of a population given from outside")
 
 # %% ../nbs/08_weights.ipynb #f7d0e659
 _LEAN = 0.10         # one unit with more than this share of its arm's weight is worth a warning,
@@ -500,7 +507,8 @@ def _warn(weights: Weights) -> None:
         why = "; ".join(f"{reason} ({counted(int(n), 'unit')})" for reason, n in pd.Series(weights.reason[lost]).value_counts(sort=False).items())
         clusters = target.all_clusters - target.clusters
         warnings.warn(DroppedUnitsWarning(
-            f"{target.all_units - target.units:,} of {target.all_units:,} {target.noun} were left out" + (f", and {counted(clusters, 'cluster')} with them" if clusters else "")
+            f"{target.all_units - target.units:,} of {target.all_units:,} {target.noun} were left out"
+            + (f", and {counted(clusters, 'cluster')} with them" if clusters else "")
             + f": {why}. The estimate speaks of {target}."), stacklevel=caller_depth())
     loosest = max((s.tolerance for s in weights.solutions.values()), default=0.0)
     if weights.params.get("tolerance") == "auto" and loosest > _LOOSE:
@@ -546,7 +554,8 @@ def _resolved(weights: Weights, model: OutcomeModel | str | None) -> OutcomeMode
         model = OutcomeModel(knows=model) if model is None or isinstance(model, str) else OutcomeModel(learner=model)
     model = replace(model, knows=model.knows or METHODS[weights.method].knows(weights.params))
     if weights.study.level == "cluster" and model.knows.endswith("clusters"):
-        raise InputError(f"outcome_model={model.knows!r}: whole clusters were treated, so an arm's model cannot know the level of the other arm's clusters. "
+        raise InputError(f"outcome_model={model.knows!r}: whole clusters were treated, so an arm's model cannot know the level of the other arm's "
+                         "clusters. "
                          "Use 'covariates' or 'covariates and cluster means'.")
     return model
 
@@ -561,7 +570,8 @@ def _weighted_means(y: np.ndarray, w: np.ndarray) -> Prediction:
 def predict_outcomes(weights: Weights, y: np.ndarray, model: OutcomeModel | str | None = None) -> dict[str, Prediction]:
     """For each arm ("treated", "controls"; in a survey "respondents"), what an outcome model fitted to its kept units predicts for all units.
 
-    y : (n,) in the study's order. model : an `OutcomeModel`, what it may know, or a learner; default: least squares on what the method conditions on."""
+    y : (n,) in the study's order. model : an `OutcomeModel`, what it may know, or a learner; default: least squares on what the method conditions
+    on."""
     study, kept, model = weights.study, weights.reason == "", _resolved(weights, model)
     masks = {name: group_mask(study, name) & kept for name in (["respondents"] if study.level == "survey" else ["treated", "controls"])}
     if model.knows == "none":
@@ -571,7 +581,9 @@ def predict_outcomes(weights: Weights, y: np.ndarray, model: OutcomeModel | str 
 
 
 def model_residuals(weights: Weights, y: np.ndarray) -> np.ndarray:
-    "(n,) y − m̂ for kept units, m̂ fitted in each arm with what the method conditions on and without the unit; 0 elsewhere. y : (n,) in the study's order."
+    """(n,) y − m̂ for kept units, m̂ fitted in each arm with what the method conditions on and without the unit; 0 elsewhere.
+
+    y : (n,) in the study's order."""
     return _own_residuals(weights, y, predict_outcomes(weights, y))
 
 
@@ -605,7 +617,8 @@ def _which_vcov(study: Study, vcov: str) -> str:
     if not isinstance(vcov, str) or vcov not in _VCOVS:
         raise InputError(f"Unknown vcov {vcov!r}." + nearest(vcov, _VCOVS))
     if vcov == "population" and study.level == "survey":
-        raise InputError("vcov='population' is for effects. In a survey whose clusters were sampled, vcov='CR2' speaks of more than the units at hand.")
+        raise InputError("vcov='population' is for effects. In a survey whose clusters were sampled, vcov='CR2' speaks of more than the units "
+                         "at hand.")
     return {"survey": "residualised", "unit": "residualised", "cluster": "CR2"}[study.level] if vcov == "auto" else vcov
 
 
@@ -616,18 +629,25 @@ def _reasons(weights: Weights, vcov: str, asked: str, model: OutcomeModel) -> tu
     if study.level == "survey":
         steps = [f"{study.columns['outcome'][0]} is a survey's outcome, of {study.n_rows:,} units in {len(study.labels):,} clusters ({clusters})."]
     elif study.level == "cluster":
-        steps = [f"{treat} never varies within {clusters}: whole clusters were treated, so chance has one draw for each of {len(study.labels):,} clusters, and the standard error must count them."]
+        steps = [f"{treat} never varies within {clusters}: whole clusters were treated, so chance has one draw for each of {len(study.labels):,} "
+                 "clusters, and the standard error must count them."]
     else:
-        steps = [f"{treat} varies within {clusters}: units were treated one by one. For the units at hand, the standard error need not count clusters if weights compare within them."]
+        steps = [f"{treat} varies within {clusters}: units were treated one by one. For the units at hand, the standard error need not count "
+                 "clusters if weights compare within them."]
         if own == "covariates and cluster means":
-            steps.append(f"{weights.label} compares across clusters that are alike in their statistics. What clusters have in common beyond these stays in the contrast, as a bias that no standard error covers.")
+            steps.append(f"{weights.label} compares across clusters that are alike in their statistics. What clusters have in common beyond these "
+                         "stays in the contrast, as a bias that no standard error covers.")
         elif "clusters" not in own:
-            steps.append(f"{weights.label} does not: what clusters have in common stays in the contrast. That is a bias first, which no standard error covers; compare within clusters, or "
+            steps.append(f"{weights.label} does not: what clusters have in common stays in the contrast. That is a bias first, which no standard "
+                         "error covers; compare within clusters, or "
                          "see how far vcov='CR2' moves the interval.")
     steps.append({"residualised": "The estimate speaks of the units at hand. Each unit's deviation from the outcome model of its own arm counts.",
-                  "population": "The estimate speaks of all units like these, in these clusters. Each unit's deviation from one model for both arms counts, so that effects that differ count, too.",
-                  }.get(vcov, "The estimate speaks of more clusters like these. Deviations from one model for both arms are added up by cluster, so whatever its units share counts once."))
-    steps.append(f"The outcome model knows: {model.knows}." + (" What weights balance cancels in the contrast and is no uncertainty." if model.knows != "none" else ""))
+                  "population": "The estimate speaks of all units like these, in these clusters. Each unit's deviation from one model for both "
+                                "arms counts, so that effects that differ count, too.",
+                  }.get(vcov, "The estimate speaks of more clusters like these. Deviations from one model for both arms are added up by cluster, "
+                              "so whatever its units share counts once."))
+    steps.append(f"The outcome model knows: {model.knows}."
+                 + (" What weights balance cancels in the contrast and is no uncertainty." if model.knows != "none" else ""))
     return (*steps, f"vcov='{vcov}' was asked for." if asked != "auto" else f"Hence vcov='{vcov}'.")
 
 # %% ../nbs/08_weights.ipynb #a42d7329
@@ -673,18 +693,23 @@ def estimate(self: Weights, outcome=None, by=None, *, vcov: str = "auto", outcom
     """The effect with its standard error.
 
     outcome : the name of one of the study's outcomes, or values in the caller's row order; default: the first outcome.
-    by : values in the caller's row order that define subgroups; rows where it is missing belong to none. Returns a data frame then, one `tidy()` row per subgroup, with the
+    by : values in the caller's row order that define subgroups; rows where it is missing belong to none. Returns a data frame then, one `tidy()` row
+    per subgroup, with the
     units and the largest |SMD| in it: weights balance the sample, and a subgroup only as far as that column says.
-    vcov : "auto" ("residualised"; "CR2" if whole clusters were treated), "residualised" (for the units at hand), "population" (for the units they were drawn from), or "CR0" to "CR3" (counts clusters).
-    outcome_model : what the model behind standard error and correction may know ("none", "covariates", "covariates and clusters", …), a learner, or an `OutcomeModel`; default: what the
+    vcov : "auto" ("residualised"; "CR2" if whole clusters were treated), "residualised" (for the units at hand), "population" (for the units they
+    were drawn from), or "CR0" to "CR3" (counts clusters).
+    outcome_model : what the model behind standard error and correction may know ("none", "covariates", "covariates and clusters", …), a learner, or
+    an `OutcomeModel`; default: what the
     method conditions on. bias_corrected : subtract what that model says of the imbalance that is left.
-    Raises `InputError` if there is no outcome, `EstimationError` if an arm has fewer than two units (or for CR, clusters) with weight. Warns (`FewClustersWarning`) if the standard error
+    Raises `InputError` if there is no outcome, `EstimationError` if an arm has fewer than two units (or for CR, clusters) with weight. Warns
+    (`FewClustersWarning`) if the standard error
     has fewer than 5 degrees of freedom."""
     study, y, asked = self.study, _outcome(self.study, outcome), vcov
     vcov, model = _which_vcov(study, vcov), _resolved(self, outcome_model)
     takes_out = study.level != "survey" or study.totals is not None or vcov not in KINDS        # whether the standard error takes the model out
     if outcome_model is not None and not takes_out and not bias_corrected:
-        raise InputError(f"outcome_model plays no part in vcov={vcov!r} of a survey without population totals, whose own means would change with its clusters. Leave it out, or ask for bias_corrected=True.")
+        raise InputError(f"outcome_model plays no part in vcov={vcov!r} of a survey without population totals, whose own means would change with "
+                         "its clusters. Leave it out, or ask for bias_corrected=True.")
     found = predict_outcomes(self, y, model)
     if study.level == "survey":
         if by is not None:
@@ -698,7 +723,8 @@ def estimate(self: Weights, outcome=None, by=None, *, vcov: str = "auto", outcom
         effect = _with_error(self, y, self.in_order, residuals, vcov)
         effect = _corrected(self, effect, found) if bias_corrected else effect
     _warn_few(effect)
-    return replace(effect, vcov=effect.vcov + ("; corrected for remaining imbalance" if bias_corrected else ""), reasons=_reasons(self, vcov, asked, model if takes_out else replace(model, knows="none")))
+    reasons = _reasons(self, vcov, asked, model if takes_out else replace(model, knows="none"))
+    return replace(effect, vcov=effect.vcov + ("; corrected for remaining imbalance" if bias_corrected else ""), reasons=reasons)
 
 
 def _warn_few(effect: Estimate) -> None:
@@ -706,7 +732,8 @@ def _warn_few(effect: Estimate) -> None:
         fewest = "" if effect.clusters is None else (" The {} rest on clusters that count like {:.1f} of equal weight.".format(
             effect.clusters["effective"].idxmin(), effect.clusters["effective"].min()))
         warnings.warn(FewClustersWarning(
-            f"The standard error has {effect.df:.1f} degrees of freedom, so even its t interval is approximate.{fewest} Spread the weights over more clusters (a larger lam, fewer covariates, "
+            f"The standard error has {effect.df:.1f} degrees of freedom, so even its t interval is approximate.{fewest} Spread the weights over "
+            "more clusters (a larger lam, fewer covariates, "
             "another estimand), or test with wild_cluster_test, which flips the signs of whole clusters."), stacklevel=caller_depth())
 
 # %% ../nbs/08_weights.ipynb #198535f5
@@ -727,7 +754,7 @@ def _by_group(weights: Weights, y: np.ndarray, residuals: np.ndarray, by, vcov: 
         w = np.where(mine, weights.in_order, 0.0)
         smd = standardized_differences(study.x, study.treat, np.array([0, study.n]), mine * study.sampling_weights, w)[1]
         try:
-            effect = _with_error(weights, y, w, _centred(study, residuals, w), vcov)       # a subgroup has its own mean, which the model does not know
+            effect = _with_error(weights, y, w, _centred(study, residuals, w), vcov)       # a subgroup's own mean is not known to the model
         except EstimationError as error:
             raise EstimationError(f"Subgroup {shown(group)}: {error}") from None
         _warn_few(effect)
@@ -751,7 +778,8 @@ def _refitted(study: Study, recipe: Weights, outcome) -> dict[str, float]:
 
 
 def named_outcome(weights: Weights, outcome=None) -> tuple[Weights, Hashable]:
-    """The weights on a study that holds the outcome asked for under a name, and that name. Their solutions are left behind: they need not travel to other processes.
+    """The weights on a study that holds the outcome asked for under a name, and that name. Their solutions are left behind: they need not travel to
+    other processes.
 
     outcome : as in `Weights.estimate`."""
     y, study, name = _outcome(weights.study, outcome), weights.study, next(iter(weights.study.outcomes), None) if outcome is None else outcome
@@ -765,13 +793,16 @@ def bootstrap(self: Weights, outcome=None, *, resample: str = "clusters", replic
               workers: int | None = 1, progress: bool = True) -> Bootstrap:
     """The estimate with its spread over drawn studies, each weighted anew by the same recipe; `lam` stays what it was.
 
-    outcome : as in `estimate`. resample, replicates, seed, workers, progress : as in `bootstrap` of the chapter on drawing again, which says what fails and how.
-    Raises `InputError` for a target from outside that lies in clusters, where resample="clusters": nothing says which of its clusters belongs to which draw."""
+    outcome : as in `estimate`. resample, replicates, seed, workers, progress : as in `bootstrap` of the chapter on drawing again, which says what
+    fails and how.
+    Raises `InputError` for a target from outside that lies in clusters, where resample="clusters": nothing says which of its clusters belongs to
+    which draw."""
     if self.outside is not None and self.outside.clusters and resample == "clusters":
         raise InputError("The target from outside lies in clusters, and is not drawn with those of the study. Say resample='fractional' or 'units': "
                          "then it stays as it is.")
     recipe, name = named_outcome(self, outcome)
-    return bootstrap_study(recipe.study, functools.partial(_refitted, recipe=recipe, outcome=name), resample=resample, replicates=replicates, seed=seed,
+    return bootstrap_study(recipe.study, functools.partial(_refitted, recipe=recipe, outcome=name), resample=resample, replicates=replicates,
+                           seed=seed,
                            workers=workers, progress=progress)
 
 # %% ../nbs/08_weights.ipynb #21494839
@@ -791,7 +822,9 @@ def _top_share(w: np.ndarray) -> float:
 
 @patch
 def summary(self: Weights, balance: Balance | None = None) -> Table:
-    "What was done, for whom, how the weights look, what they balance, and how the solver fared. balance : `self.balance()`, if it is at hand already."
+    """What was done, for whom, how the weights look, what they balance, and how the solver fared.
+
+    balance : `self.balance()`, if it is at hand already."""
     kept, balanced = self.reason == "", self.balance() if balance is None else balance
     options = ", ".join(f"{k}={_value(v)}" for k, v in self.params.items() if k != "estimand" and not (k == "target" and v is None))
     facts = {"method": f"{self.label} ({options})" if options else self.label,
@@ -799,7 +832,8 @@ def summary(self: Weights, balance: Balance | None = None) -> Table:
     for arm, mask in self.weighted_arms.items():
         w = self.in_order[mask]
         facts |= {arm: f"{(kept & mask).sum():,} kept of {len(w):,}, {(w > 0).sum():,} with weight",
-                  f"weights of {arm}": f"sum {w.sum():,.6g}, largest {w.max():.3g} ({w.max() / w.sum():.1%} of the sum; the top 1% hold {_top_share(w):.0%})",
+                  f"weights of {arm}": f"sum {w.sum():,.6g}, largest {w.max():.3g} ({w.max() / w.sum():.1%} of the sum; the top 1% hold "
+                                       f"{_top_share(w):.0%})",
                   f"effective {arm}": f"{self.ess[arm]:,.0f}"}
     goal = self._outside_means()
     if goal is not None and self.target.units == self.target.all_units:
@@ -825,7 +859,8 @@ def _repr_html_(self: Weights) -> str:
     return self.summary()._repr_html_()
 
 # %% ../nbs/08_weights.ipynb #a8c777e0
-@method("unadjusted", "Unadjusted", outcome_model="none", levels=("unit", "cluster", "survey"), source="The difference of means, in a survey the mean, without adjustment.")
+@method("unadjusted", "Unadjusted", outcome_model="none", levels=("unit", "cluster", "survey"),
+        source="The difference of means, in a survey the mean, without adjustment.")
 def unadjusted_weights(study: Study, *, estimand: str | None = None, cluster_weight: str = "units") -> Weights:
     """No adjustment: each unit keeps its sampling weight, scaled to the target's total. The plain difference of means (survey: the mean).
 
@@ -967,7 +1002,8 @@ _CHOICES = {"this recipe": ("X", 11), "knee": ("D", 8), "95% of attainable balan
 class LamPath:
     """One recipe along `lam`.
 
-    table : one row for each, with lam (of two weighted arms the geometric mean), ess (of the weighted arms, the smaller), imbalance, and the estimate (if
+    table : one row for each, with lam (of two weighted arms the geometric mean), ess (of the weighted arms, the smaller), imbalance, and the estimate
+    (if
     there is an outcome). choices : the same for "this recipe", and where the rules choose, for the "knee" of the path, "95% of attainable balance"
     along the path, and "held-out balance" (`lam="balance"`). label : of the method. measure : what imbalance is. notes : why a choice is missing."""
     table: pd.DataFrame
@@ -1058,7 +1094,8 @@ def _held_out_choice(weights: Weights) -> tuple[list[Weights], list[str]]:
 
 @patch
 def path(self: Weights, lams: Sequence[float] | None = None) -> LamPath:
-    """What the same recipe gives with other `lam`: effective sample size, imbalance, estimate; and which `lam` three rules choose that read no outcome.
+    """What the same recipe gives with other `lam`: effective sample size, imbalance, estimate; and which `lam` three rules choose that read no
+    outcome.
 
     lams : positive numbers. Default: 25 from 0.001 to 100,000; for methods without a held-out choice nine from 1/100 to 100 times the recipe's own.
     With two weighted arms they keep the ratio of the recipe's own.
@@ -1147,7 +1184,8 @@ def feasibility(study: Study, estimand: str = "ATT") -> Feasibility:
     tolerance, conflicts = _closest_to_target(arm)
     notes = [f"{(~(lost | idle)).sum():,} of {len(frame):,} clusters have both arms."]
     if lost.any():
-        notes.append(f"Within clusters, {(n1 if estimand == 'ATT' else n0)[lost].sum():,} target units in {counted(int(lost.sum()), 'cluster')} are lost.")
+        notes.append(f"Within clusters, {(n1 if estimand == 'ATT' else n0)[lost].sum():,} target units in {counted(int(lost.sum()), 'cluster')} "
+                     "are lost.")
     notes.append("Exact global balance is possible within clusters." if not conflicts else
                  f"Exact global balance is impossible within clusters, because of {listed(conflicts)}; the smallest tolerance is {tolerance:.2g} "
                  "standard deviations.")
