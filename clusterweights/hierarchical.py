@@ -126,8 +126,8 @@ def _blame(error: InfeasibleError, problem: Problem, starts, target_mean, target
 def _posed(study: Study, options: Mapping) -> tuple[bool, Callable[[Arm], Problem]]:
     "That units stand for their own cluster, and what makes of an arm its problem with lam = 1."
     def problem(arm):
-        return _problem(arm.x, arm.starts, arm.target_mean, arm.target_total, 1.0, "means", arm.base, options["bounds"], options["max_share"], arm.spread,
-                        arm.names, arm.labels)
+        return _problem(arm.x, arm.starts, arm.target_mean, arm.target_total, 1.0, "means", arm.base, options["bounds"], options["max_share"],
+                        arm.spread, arm.names, arm.labels)
     return True, problem
 
 

@@ -354,8 +354,8 @@ _RICHER = {"treated": "treated", "means": "means", "means, treated": ("means", "
 def plot_statistics(study: Study, recipes: Mapping[str, object] | None = None, *, beside: Weights | None = None, ax=None, **options):
     """Estimates of both variants and their 95% intervals as the statistics grow richer (GB filled, AvTO hollow); returns the Axes.
 
-    recipes : label → statistics, as in `cluster_statistics` (default: from the share treated to all four kinds). beside : weights of another method,
-    whose estimate and interval are drawn in grey. options : of `mundlak_weights`. Where no weights exist the row is empty."""
+    recipes : label → statistics, as in `cluster_statistics` (default: from the share treated to all four kinds). beside : weights of another
+    method, whose estimate and interval are drawn in grey. options : of `mundlak_weights`. Where no weights exist the row is empty."""
     recipes = _RICHER if recipes is None else recipes
     for variant, shift in (("gb", -0.15), ("avto", 0.15)):
         rows = np.array([_effect_with(study, variant=variant, statistics=statistics, **options) for statistics in recipes.values()])

@@ -206,8 +206,9 @@ def arms(study: Study, estimand: str, *, within: bool, standardize: bool = True,
 # %% ../nbs/08_weights.ipynb #45c2be9d
 @dataclass(frozen=True)
 class Method:
-    """What the package knows of a method. name : as in `compare`. label : for tables; or a function of the options used. function : Study → Weights.
+    """What the package knows of a method.
 
+    name : as in `compare`. label : for tables; or a function of the options used. function : Study → Weights.
     outcome_model : what the standard error's outcome model may know, see `OutcomeModel`; or a function of the options used.
     estimands : those it can estimate in a study of treated and untreated; "mean" and "total" in a survey. source : the reference to cite.
     levels : the studies it is for: "unit" (treatment varies within clusters), "cluster" (whole clusters were treated), "survey".

@@ -150,7 +150,8 @@ def test_cluster_level_covariates_alone(frame):
     study = cw.Study(sized, treat="treat", outcome="outcome", cluster="cluster", covs=["size"])
     w = cw.mundlak_weights(study)
     assert w.facts["statistics"].startswith("2 of each cluster, and 0 × 2 = 0 products")
-    assert np.average(sized["size"][sized["treat"] == 0], weights=w.weights[sized["treat"] == 0]) == pytest.approx(sized["size"][sized["treat"] == 1].mean())
+    weighted = np.average(sized["size"][sized["treat"] == 0], weights=w.weights[sized["treat"] == 0])
+    assert weighted == pytest.approx(sized["size"][sized["treat"] == 1].mean())
 
 
 @pytest.mark.parametrize("name, options", [("hierarchical", {}), ("mundlak", {}), ("mundlak", {"variant": "avto"})])
@@ -198,11 +199,13 @@ def test_lam_by_balance_needs_pairs_of_target_units(frame):
 
 @pytest.mark.parametrize("method, options", [
     ("hierarchical", {}), ("hierarchical", {"estimand": "ATE", "bounds": (0, 20)}), ("hierarchical", {"tolerance": 0.05, "standardize": False}),
-    ("mundlak", {}), ("mundlak", {"estimand": "ATC", "cluster_weight": "clusters", "tolerance": 0.1}), ("mundlak", {"variant": "avto", "estimand": "ATE"}),
+    ("mundlak", {}), ("mundlak", {"estimand": "ATC", "cluster_weight": "clusters", "tolerance": 0.1}),
+    ("mundlak", {"variant": "avto", "estimand": "ATE"}),
     ("mundlak", {"variant": "avto", "max_share": 0.5})])
 def test_the_path_is_that_of_cold_fits_in_fewer_steps(frame, method, options):
     people = np.random.default_rng(4).integers(1, 4, len(frame))
-    study = cw.Study(frame.assign(people=people), treat="treat", outcome="outcome", cluster="cluster", covs=["x1", "x2", "x3", "x4"], sampling_weights="people")
+    study = cw.Study(frame.assign(people=people), treat="treat", outcome="outcome", cluster="cluster", covs=["x1", "x2", "x3", "x4"],
+                     sampling_weights="people")
     w = getattr(cw, f"{method}_weights")(study, lam=1.0, **options)
     lams = np.random.default_rng(0).permutation(np.logspace(-2, 3, 11)).tolist()
     lams = [{"controls": lam, "treated": 2 * lam} for lam in lams] if w.estimand == "ATE" else lams
@@ -250,7 +253,7 @@ def test_what_the_path_shows_and_chooses(frame, estimand):
         assert shown.choices.loc["95% of attainable balance", "lam"] == shown.table["lam"][enough].max()
     points = table[["ess", "imbalance"]].to_numpy()
     across = np.diff(points[[0, -1]], axis=0)[0] / np.ptp(points, axis=0)
-    distance = [np.linalg.det([across, (p - points[0]) / np.ptp(points, axis=0)]) for p in points]         # to the chord, times its length; below: negative
+    distance = [np.linalg.det([across, (p - points[0]) / np.ptp(points, axis=0)]) for p in points]         # to the chord, times its length
     assert choices.loc["knee", "lam"] == lams[np.argmin(distance)]
     blind = cw.Study(frame, treat="treat", cluster="cluster", covs=["x1", "x2", "x3", "x4"])
     unseen = cw.mundlak_weights(blind, lam=w.params["lam"], estimand=estimand).path()
@@ -322,7 +325,8 @@ def test_the_chapter_quotes_the_benchmark():
     "The figures in the chapter are those of benchmarks/framework_simulation.md."
     root = Path(__file__).resolve().parents[1]
     names = {"balancing": "no clusters"}
-    lines = re.findall(r"^ ?(0\.\d+) +(.+?) +(-?0\.\d+)((?: +-?\d+\.\d+){3}) +(0\.\d+)", (root / "benchmarks/framework_simulation.md").read_text(encoding="utf-8"), re.M)
+    text = (root / "benchmarks/framework_simulation.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^ ?(0\.\d+) +(.+?) +(-?0\.\d+)((?: +-?\d+\.\d+){3}) +(0\.\d+)", text, re.M)
     measured = {(names.get(name, name), float(rho)): (float(bias), float(sd)) for rho, name, bias, _, sd in lines}
     [cell] = [cell["source"] for cell in json.loads((root / "nbs/13_mundlak.ipynb").read_text(encoding="utf-8"))["cells"]
               if "method,rho,bias,sd" in "".join(cell["source"])]
