@@ -787,9 +787,11 @@ def model_effect(trial: Trial, method: str = "reml", *, adjust: bool = False, df
     x, names, constant = _controls(trial, adjust)
     left = len(trial.sizes) - 2 - constant
     if left < 1:
-        raise EstimationError(f"{counted(len(trial.sizes), 'cluster')} are too few for {2 + constant} coefficients that are constant within clusters.")
+        raise EstimationError(f"{counted(len(trial.sizes), 'cluster')} are too few for {2 + constant} coefficients that are constant within "
+                              "clusters.")
     fit = fit_linear_mixed(np.column_stack([trial.treat, x]), trial.y, trial.starts, method=method, names=["treat", *names])
-    words = f"random intercepts, {method.upper()}, ICC {fit.icc:.3f}" + (f", {counted(len(trial.block_labels), 'block')}" if trial.block.any() else "")
+    blocks = f", {counted(len(trial.block_labels), 'block')}" if trial.block.any() else ""
+    words = f"random intercepts, {method.upper()}, ICC {fit.icc:.3f}{blocks}"
     return Estimate(float(fit.coef[1]), float(fit.std_error[1]), df=float(left) if df == "clusters" else np.inf, term="ATE", vcov=words)
 
 
@@ -862,8 +864,8 @@ def rejection_rates(trial: Trial, *, level: float = 0.05, draws: int = 20_000, s
 
 def _check_blocks(clusters: int, blocks: int) -> None:
     if clusters - 1 - blocks < 1:
-        raise InputError(f"{counted(clusters, 'cluster')} in {counted(blocks, 'block')} leave no degree of freedom: it takes more clusters than blocks, "
-                         "by two at least.")
+        raise InputError(f"{counted(clusters, 'cluster')} in {counted(blocks, 'block')} leave no degree of freedom: it takes more clusters than "
+                         "blocks, by two at least.")
 
 
 def false_positive_rates(clusters: Sequence[int], icc: Sequence[float], *, size: int = 100, block_size: int | None = None, replicates: int = 2000,
@@ -880,7 +882,8 @@ def false_positive_rates(clusters: Sequence[int], icc: Sequence[float], *, size:
         if not 4 <= j or size < 2:
             raise InputError(f"clusters={j!r} and size={size!r}: it takes at least four clusters of two units.")
         if block_size is not None and (block_size < 2 or block_size % 2 or j % block_size):
-            raise InputError(f"{j} clusters cannot be put into blocks of {block_size!r}, half of each treated: block_size must be even, and a divisor.")
+            raise InputError(f"{j} clusters cannot be put into blocks of {block_size!r}, half of each treated: block_size must be even, and a "
+                             "divisor.")
         block = np.arange(j) // per_block
         _check_blocks(j, block[-1] + 1)
         treated, drawn = np.arange(j) % per_block < per_block // 2, np.full(block[-1] + 1, per_block // 2)
@@ -1108,7 +1111,7 @@ def plot_power(grid: pd.DataFrame, ax=None, ylabel: str = "power"):
         ax.plot(grid.index, grid[name], style, color="black", label=f"{grid.columns.name} {name:g}")
     ax.set(xlabel=grid.index.name, ylabel=ylabel)
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(fontsize="small", frameon=False)
+    ax.legend(fontsize="small", frameon=False, loc="upper left", bbox_to_anchor=(1, 1))       # beside the lines: they may go anywhere
     return ax
 
 # %% ../nbs/16_trial.ipynb #db698d27

@@ -703,6 +703,8 @@ def test_false_positive_rates_in_pairs():
     for bad, match in ((dict(block_size=3), "cannot be put into blocks"), (dict(block_size=6), "cannot be put into blocks"), (dict(size=1), "two units")):
         with pytest.raises(cw.InputError, match=match):
             false_positive_rates([16], [0.1], **bad)
+    with pytest.raises(cw.InputError, match="12 clusters cannot be put into blocks of 3"):
+        false_positive_rates([12], [0.1], block_size=3)
     with pytest.raises(cw.InputError, match="3 to 5 clusters, 2 to 2 of them"):
         rejection_rates(Trial(np.arange(16.0), np.repeat([1, 0, 1, 0, 1, 1, 0, 0], 2), np.arange(9) * 2, np.repeat([0, 0, 0, 1, 1, 1, 1, 1], 2)))
 
