@@ -603,11 +603,13 @@ def randomisation_test(trial: Trial, statistic: str | Callable = "difference", *
 # %% ../nbs/16_trial.ipynb #55df6f8d
 def randomisation_interval(trial: Trial, statistic: str | Callable = "difference", *, level: float = 0.95, draws: int = 9999,
                            seed: int | np.random.Generator = 0) -> tuple[float, float]:
-    """The constant effects that `randomisation_test` with this statistic does not reject at 1 − level, around the difference in means.
+    """The constant effects that `randomisation_test` with this statistic does not reject at 1 − level.
 
-    Arguments as there. "difference" and "hajek": from the votes of the assignments. Others: by a search with the same assignments throughout; an
-    end is infinite where no effect is rejected on that side. Raises `EstimationError` if the statistic rejects the difference in means itself.
-    Source: Rosenbaum (2002), chapter 2."""
+    Arguments as there. "difference" and "hajek": from the votes of the assignments. Others: by a search with the same assignments throughout, out
+    from the effect at which the statistic changes its sign within 100 standard errors of the difference in means, or else from that difference; an
+    end is infinite where no effect is rejected on that side. Raises `EstimationError` if the test rejects where the search would begin. Source:
+    Rosenbaum (2002), chapter 2."""
+    from scipy.optimize import brentq
     test = randomisation_test(trial, draws=draws, seed=(seed := int(np.random.default_rng(seed).integers(2**63))))
     if statistic == "difference":
         return test.conf_int(level)
@@ -615,9 +617,13 @@ def randomisation_interval(trial: Trial, statistic: str | Callable = "difference
         return randomisation_test(trial, statistic, draws=draws, seed=seed).conf_int(level)
     _check_level(level)
     def excess(null): return 1 - level + 1e-12 - randomisation_test(trial, statistic, null=null, draws=draws, seed=seed).p_value
-    if excess(test.estimate) > 0:
-        raise EstimationError(f"This statistic rejects even the difference in means, {test.estimate:.4g}, so there is no interval around it.")
-    low, high = (_crossing(excess, test.estimate, side * test.std_error) for side in (-1, 1))
+    def observed(null): return randomisation_test(trial, statistic, null=null, draws=1, seed=seed).observed
+    centre, around = test.estimate, [test.estimate + side * 100 * test.std_error for side in (-1, 1)]
+    if observed(around[0]) * observed(around[1]) < 0:
+        centre = float(brentq(observed, *around, xtol=1e-9 * test.std_error))
+    if excess(centre) > 0:
+        raise EstimationError(f"The test rejects even {centre:.4g}, where the search for an interval would begin. Test values of null= one by one.")
+    low, high = (_crossing(excess, centre, side * test.std_error) for side in (-1, 1))
     return low, high
 
 # %% ../nbs/16_trial.ipynb #22c3dad1
@@ -1137,7 +1143,7 @@ class BalanceTest:
                  f"assignments, {self.p_chi2:.3g} by χ²."]
         if self.empty:
             notes.append(f"This test is empty: the covariates span all {self.df} dimensions in which clusters can differ, so d² is {self.d2:.4g} for "
-                         "every assignment. Test fewer covariates than clusters.")
+                         f"every assignment. Test fewer than {self.df} covariates{', sizes counted' if '(cluster size)' in self.table.index else ''}.")
         else:
             below = int((self.table["p_value"] < 0.05).sum())
             notes.append(f"One by one, {counted(below, 'p-value')} of {len(self.table)} below 0.05; by chance one expects "

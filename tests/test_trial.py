@@ -220,7 +220,10 @@ def test_interval_of_totals_is_what_they_do_not_reject(draws):
     def rejects(null): return randomisation_test(trial, "horvitz_thompson", null=null, draws=draws, seed=seed).p_value <= 0.2 + 1e-12
     assert rejects(low - 1e-6) and rejects(high + 1e-6) and not rejects(low + 1e-6) and not rejects(high - 1e-6)
     assert randomisation_interval(as_trial(load("J_4_clusters")), "horvitz_thompson") == (-np.inf, np.inf)
-    with pytest.raises(cw.EstimationError, match="rejects even the difference"):
+    far = trial.with_outcome(trial.y + 30)                              # totals then go with sizes, far from the difference in means
+    low, high = randomisation_interval(far, "horvitz_thompson", level=0.8, draws=draws, seed=5)
+    assert abs(randomisation_test(far).estimate) < 5 and low < high < -5
+    with pytest.raises(cw.EstimationError, match="rejects even 0.*where the search"):
         randomisation_interval(trial, lambda z, y, starts: (z == trial.treated).all(axis=1) * 1.0, draws=draws)
 
 
