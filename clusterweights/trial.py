@@ -958,8 +958,8 @@ def trial_power(*, icc: float, clusters: int | None = None, size: float | None =
 
     clusters : J in both arms. size : mean units in a cluster. effect : in units of the outcome, whose standard deviation is `sd`. power : 0 to 1.
     icc : 0 to 1. cv : coefficient of variation of sizes. r2_cluster, r2_unit : shares of the variance between and within clusters that covariates
-    explain, cluster_covs : covariates at the clusters' level, one degree of freedom each. treated_share : of clusters. level : of the two-sided t
-    test with J − 2 − cluster_covs degrees of freedom. Raises `EstimationError` if no size reaches the power with these clusters. The chance
+    explain, cluster_covs : covariates at the clusters' level, one degree of freedom each (blocks: their number less one). treated_share : of
+    clusters. level : of the two-sided t test with J − 2 − cluster_covs degrees of freedom. Raises `EstimationError` if no size reaches the power with these clusters. The chance
     correlation of covariates and treatment, which costs about a factor 1 + cluster_covs/(J − 3 − cluster_covs) of variance, is not counted.
     Source: Eldridge, Ashby & Kerry (2006); Bloom, Richburg-Hayes & Black (2007)."""
     known = {"clusters": clusters, "size": size, "effect": effect, "power": power}
@@ -1143,7 +1143,8 @@ class BalanceTest:
                  f"assignments, {self.p_chi2:.3g} by χ²."]
         if self.empty:
             notes.append(f"This test is empty: the covariates span all {self.df} dimensions in which clusters can differ, so d² is {self.d2:.4g} for "
-                         f"every assignment. Test fewer than {self.df} covariates{', sizes counted' if '(cluster size)' in self.table.index else ''}.")
+                         f"every assignment. Test fewer than {self.df} covariates"
+                         f"{', sizes counted' if '(cluster size)' in self.table.index else ''}.")
         else:
             below = int((self.table["p_value"] < 0.05).sum())
             notes.append(f"One by one, {counted(below, 'p-value')} of {len(self.table)} below 0.05; by chance one expects "
