@@ -114,7 +114,8 @@ def _blame(error: InfeasibleError, problem: Problem, starts, target_mean, target
         if count and _feasible_without(problem, gone, starts, target_mean, target_total):
             gone = _fewest(problem, gone, worst, enough, count, starts, target_mean, target_total)
             names, count = [labels[g] for g in worst if gone[g]], int(gone.sum())
-            advice = f"Leaving out {counted(count, 'cluster')} ({listed(names)}, with {target_total[gone].sum():,.4g} target units) makes it feasible."
+            units = f"{target_total[gone].sum():,.4g} target units"
+            advice = f"Leaving out {counted(count, 'cluster')} ({listed(names)}, with {units}) makes it feasible."
             break
     else:
         names, advice = [], "No small set of clusters is to blame: it takes fewer or coarser covariates, or a tolerance."
@@ -133,18 +134,21 @@ def _posed(study: Study, options: Mapping) -> tuple[bool, Callable[[Arm], Proble
 
 @method("hierarchical", "Hierarchical balancing", outcome_model="covariates and clusters", source=f"{FRAMEWORK_PAPER}, Equation 6.", problem=_posed)
 def hierarchical_weights(study: Study, lam: float | str | Mapping[str, float] = "auto", *, estimand: str | None = None, target=None,
-                         tolerance: float | str = 0.0, bounds: tuple[float, float] = (0, np.inf), max_share: float | None = None, cluster_weight: str = "units",
-                         standardize: bool = True, solver: str = "auto") -> Weights:
+                         tolerance: float | str = 0.0, bounds: tuple[float, float] = (0, np.inf), max_share: float | None = None,
+                         cluster_weight: str = "units", standardize: bool = True, solver: str = "auto") -> Weights:
     """Units weighted to the target units of their own cluster, with balance overall.
 
     lam : the price of uneven weights, a positive number; "auto": 1 − R² of the outcome on the covariates among the units weighted; or
-    "balance": the largest with nearly all of the attainable balance, found without the outcome; for two weighted arms also one of these for each. (Sampling weights have mean 1; copying each row k times instead has the effect of lam / k.)
-    estimand : "ATT" (controls to treated, default), "ATC" (treated to controls) or "ATE" (both to all); in a survey "mean" (default) or "total" (respondents to the full sample of their cluster). target : another population for the ATE, a data
-    frame with the covariates and the cluster; what of it lies in clusters that cannot be compared is left out with a warning.
+    "balance": the largest with nearly all of the attainable balance, found without the outcome; for two weighted arms also one of these for each.
+    (Sampling weights have mean 1; copying each row k times instead has the effect of lam / k.)
+    estimand : "ATT" (controls to treated, default), "ATC" (treated to controls) or "ATE" (both to all); in a survey "mean" (default) or "total"
+    (respondents to the full sample of their cluster). target : another population for the ATE, a data frame with the covariates and the cluster; what
+    of it lies in clusters that cannot be compared is left out with a warning.
     tolerance : how many standard deviations an overall mean may miss its target by; "auto" is the smallest feasible, 0 (default) exact.
     bounds : of each weight, not below 0. max_share : the largest share of its cluster's total that one unit may carry. cluster_weight : "units" or
     "clusters", whether each target unit or each cluster counts the same. standardize : divide covariates by their overall standard
-    deviation, so that their units do not matter (default); with False, a covariate counts by its own scale. solver : "auto", "structured", "piqp" or "osqp".
+    deviation, so that their units do not matter (default); with False, a covariate counts by its own scale. solver : "auto", "structured", "piqp" or
+    "osqp".
 
     Target units in clusters that lack an arm are left out with a `DroppedUnitsWarning`; units that have no target in their cluster get
     weight 0. Raises `InfeasibleError`, naming covariates and clusters, if global balance is impossible.
