@@ -35,7 +35,8 @@ def solve_balancing(x: np.ndarray, target_mean: np.ndarray, target_total: float,
     return solve_within(problem, tolerance, solver)
 
 # %% ../nbs/10_balancing.ipynb #d6bc3be5
-@method("balancing", "Balancing, no clusters", outcome_model="covariates", estimands=("ATT", "ATC", "ATE", "ATO"), levels=("unit", "cluster", "survey"),
+@method("balancing", "Balancing, no clusters", outcome_model="covariates", estimands=("ATT", "ATC", "ATE", "ATO"),
+        levels=("unit", "cluster", "survey"),
         source="Zubizarreta, J. R. (2015). Stable weights that balance covariates for estimation with incomplete outcome data. Journal of the "
                "American Statistical Association 110, 910–922.")
 def balancing_weights(study: Study, *, estimand: str | None = None, target=None, tolerance: float | str = 0.0,
@@ -62,8 +63,9 @@ def balancing_weights(study: Study, *, estimand: str | None = None, target=None,
 
 # %% ../nbs/10_balancing.ipynb #f3c1dfcf
 def solve_overlap(x_control: np.ndarray, x_treated: np.ndarray, *, base_control: np.ndarray | None = None,
-                  base_treated: np.ndarray | None = None, tolerance: float | str = 0.0, bounds: tuple[float, float] = (0, np.inf), max_share: float | None = None,
-                  spread: np.ndarray | None = None, names: Sequence[str] | None = None, solver: str = "auto") -> Solution:
+                  base_treated: np.ndarray | None = None, tolerance: float | str = 0.0, bounds: tuple[float, float] = (0, np.inf),
+                  max_share: float | None = None, spread: np.ndarray | None = None, names: Sequence[str] | None = None,
+                  solver: str = "auto") -> Solution:
     """The least variable weights of two arms under which their means are equal; the controls' weights come first in the solution.
 
     x_control : (n0, d), x_treated : (n1, d). base_… : sampling weights (default 1); each arm's weights add up to the sum of its own. tolerance,

@@ -34,7 +34,8 @@ _ENDINGS = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
 def read_data(path: str, sep: str | None = None, decimal: str = ".", encoding: str = "utf-8") -> pd.DataFrame:
     """A data frame from a file: .csv or .tsv (a header, `NA` or nothing where a value is missing; also .gz), or .parquet.
 
-    sep : what separates values in a text file (default: a comma, in .tsv a tab). decimal : the decimal mark. encoding : of the text. Raises `InputError` if there is no such file, if it cannot be read, or if its name ends in something else."""
+    sep : what separates values in a text file (default: a comma, in .tsv a tab). decimal : the decimal mark. encoding : of the text.
+    Raises `InputError` if there is no such file, if it cannot be read, or if its name ends in something else."""
     file, ending = Path(path), next((e for e in _ENDINGS if str(path).lower().endswith(e)), None)
     if not file.is_file():
         beside = [other.name for other in file.parent.iterdir()] if file.parent.is_dir() else []
@@ -234,7 +235,8 @@ def _add_options(command: argparse.ArgumentParser) -> None:
     text.add_argument("--decimal", metavar="MARK", default=".", help="the decimal mark: , for 2,5 (default .)")
     text.add_argument("--encoding", metavar="NAME", default="utf-8", help="the encoding: latin-1 for example (default utf-8)")
     how = command.add_argument_group("how to compare")
-    how.add_argument("--estimand", choices=["ATT", "ATC", "ATE", "ATO"], type=lambda name: {"ATET": "ATT", "ATTE": "ATT"}.get(name.upper(), name.upper()),
+    how.add_argument("--estimand", choices=["ATT", "ATC", "ATE", "ATO"],
+                     type=lambda name: {"ATET": "ATT", "ATTE": "ATT"}.get(name.upper(), name.upper()),
                      help="the effect on the treated (ATT, default), the untreated, everybody, or the overlap of both")
     how.add_argument("--methods", type=_method_names, metavar="NAMES",
                      help=f"separated by commas, from: {', '.join(METHODS)} (default: those that suit the data)")
@@ -243,7 +245,8 @@ def _add_options(command: argparse.ArgumentParser) -> None:
     how.add_argument("--tolerance", type=_number("0, a positive number or auto", lambda v: 0 <= v < float("inf"), "auto"), metavar="NUMBER|auto",
                      help="standard deviations by which overall means may differ; auto: the smallest that is possible (default 0)")
     how.add_argument("--vcov", choices=["auto", "residualised", "population", "CR0", "CR1", "CR2", "CR3"], default="auto",
-                     help="the standard error: for the units at hand, for their population, or counting clusters (default auto: by how treatment was assigned)")
+                     help="the standard error: for the units at hand, for their population, or counting clusters "
+                          "(default auto: by how treatment was assigned)")
     how.add_argument("--level", type=_number("between 0 and 1", lambda v: 0 < v < 1), default=0.95, metavar="NUMBER",
                      help="of the intervals (default 0.95)")
     files = command.add_argument_group("what to write")

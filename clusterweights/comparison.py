@@ -178,7 +178,11 @@ def _again_where(study: Study, weights: Mapping[str, Weights]) -> tuple[Study | 
     kept = {name: w.reason == "" for name, w in weights.items() if w.outside is None}
     common = np.all(list(kept.values()), axis=0) if kept else np.ones(study.n, dtype=bool)
     more = [name for name, own in kept.items() if (own & ~common).any()]
-    return (study.restrict(common), more) if more and common.any() else (None, [])
+    try:
+        part = study.restrict(common) if more else None
+    except EstimationError:                              # nobody, or one arm only, is kept by all
+        part = None
+    return (None, []) if part is None or part.level != study.level else (part, more)
 
 
 def compare(study: Study, methods: Sequence | None = None, *, level: float = 0.95, vcov: str = "auto", same_clusters: bool | None = None, by_cluster: bool = False,

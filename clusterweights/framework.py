@@ -57,14 +57,28 @@ def _check_levels(study: Study, levels: np.ndarray, used: np.ndarray) -> None:
     low, high = (pick.reduceat(np.where(used, levels, fill), study.starts[:-1]) for pick, fill in ((np.minimum, np.inf), (np.maximum, -np.inf)))
     vary = high - low > 1e-9 * np.maximum(1.0, np.abs(levels).max())
     if vary.any():
-        raise InputError(f"levels differ between units of {counted(int(vary.sum()), 'cluster')} ({listed(study.labels[vary])}). What differs within a cluster "
-                         "belongs to common or departures.")
+        raise InputError(f"levels differ between units of {counted(int(vary.sum()), 'cluster')} ({listed(study.labels[vary])}). "
+                         "What differs within a cluster belongs to common or departures.")
+
+
+def _check_weights(weights, asked: str) -> None:
+    "Raise `InputError` for anything but the package's weights, which are defined in a later chapter."
+    if not hasattr(weights, "gaps"):
+        raise InputError(f"{asked} takes Weights, as hierarchical_weights(study) returns them, not {type(weights).__name__}.")
+
+
+def _check_study(study, asked: str) -> None:
+    "Raise `InputError` for anything but a study."
+    if not isinstance(study, Study):
+        raise InputError(f"{asked} takes a Study, not {type(study).__name__}.")
 
 
 @dataclass(frozen=True, eq=False)
 class Decomposition:
-    """The bias of weighted means for a known outcome model. terms : one row per term and their sum ("bias"), one column per weighted mean, and the effect's.
-    clusters : one row per cluster, its part of each term of the last column. All in the outcome's unit."""
+    """The bias of weighted means for a known outcome model, in the outcome's unit.
+
+    terms : one row per term and their sum ("bias"), one column per weighted mean, and the effect's. clusters : one row per cluster, its part of each
+    term of the last column."""
     terms: pd.DataFrame
     clusters: pd.DataFrame
 
@@ -82,11 +96,12 @@ class Decomposition:
 def decompose(weights, levels=0.0, common=0.0, departures=0.0) -> Decomposition:
     """Bias of an estimate for a known outcome model, split into what averaging to one, global balance and local balance would each remove.
 
-    weights : `Weights`. levels, common, departures : the parts η_g, f(x) and δ(x, g) of the expected outcome without treatment (of treated units that are weighted: with
-    treatment), one number for each row of the data or a single number; a mapping from "controls" and "treated" where both arms are
-    weighted and differ. Positive bias means that the mean, or the effect, comes out too large, for the target units that were kept (`weights.target`). Raises `InputError`
-    for levels that differ within a cluster, and for a target from outside, whose units are not in the data.
+    weights : `Weights`. levels, common, departures : the parts η_g, f(x) and δ(x, g) of the expected outcome without treatment (of treated units that
+    are weighted: with treatment), one number for each row of the data or a single number, 0 by default; a mapping from "controls" and "treated" where
+    both arms are weighted and differ. Positive bias means that the mean, or the effect, comes out too large, for the target units that were kept
+    (`weights.target`). Raises `InputError` for levels that differ within a cluster, and for a target from outside, whose units are not in the data.
     Source: Ben-Michael, Feller & Keele (2026), Eqs. 4 and 5, corrected."""
+    _check_weights(weights, "decompose")
     study, columns, clusters = weights.study, {}, {}
     for arm, gap in weights.gaps.items():
         parts = [_part(weights, values, arm) for values in (levels, common, departures)]
@@ -105,11 +120,12 @@ def decompose(weights, levels=0.0, common=0.0, departures=0.0) -> Decomposition:
 def worst_case(weights, levels: float = 1.0, slopes: float = 1.0, departures: float = 1.0) -> pd.Series:
     """The largest absolute bias, by term, of an effect (in a survey, a mean) over all linear outcomes of bounded size.
 
-    weights : `Weights`. levels : L, how far a cluster's level may lie from one common level (half the range of the levels). slopes : B, the largest norm of the shared slopes. departures :
-    D, the largest norm of a cluster's departure from them. In the outcome's unit, slopes per standard deviation of the covariates; the default 1 gives the
-    multipliers of L, B and D. Both arms of the ATE may have their own worst outcome. Returns the terms and their sum, "bias". Raises `InputError` for sizes that are not
-    numbers, 0 or more, and for a target from outside.
+    weights : `Weights`. levels : L, how far a cluster's level may lie from one common level (half the range of the levels). slopes : B, the largest
+    norm of the shared slopes. departures : D, the largest norm of a cluster's departure from them. In the outcome's unit, slopes per standard
+    deviation of the covariates; the default 1 gives the multipliers of L, B and D. Both arms of the ATE may have their own worst outcome. Returns the
+    terms and their sum, "bias". Raises `InputError` for sizes that are not numbers, 0 or more, and for a target from outside.
     Source: Ben-Michael, Feller & Keele (2026), section 4.2; attained, as derived in the chapter on balance."""
+    _check_weights(weights, "worst_case")
     study, total, sizes = weights.study, np.zeros(3), (levels, slopes, departures)
     if not all(isinstance(size, Real) and np.isfinite(size) and size >= 0 for size in sizes):
         raise InputError(f"levels, slopes and departures are sizes, numbers of 0 or more, not {sizes!r}.")
@@ -175,8 +191,8 @@ def ess(weights: np.ndarray) -> float:
 class Balance:
     """Balance before and after weighting.
 
-    table : one row per covariate column; "cluster SMD" is that of the covariate's cluster averages. l2 : rows global and local, columns before, after, reduction (percent).
-    ess : one row per arm: units, and effective sample size before and after.
+    table : one row per covariate column; "cluster SMD" is that of the covariate's cluster averages. l2 : rows global and local, columns before,
+    after, reduction (percent). ess : one row per arm: units, and effective sample size before and after.
     local_before, local_after : (K, d) standardised differences in each cluster, NaN where not defined.
     undefined : how many clusters could not be judged, by reason. names, labels : of columns and clusters."""
     table: pd.DataFrame
@@ -300,8 +316,9 @@ def compare_groups(study: Study, names: tuple[str, str], before: tuple[np.ndarra
 def balance_of(study: Study, weights: np.ndarray) -> Balance:
     """The balance of weights made elsewhere, compared with the sampling weights alone.
 
-    weights : one number, 0 or more, for each row of the data, in the caller's row order; they should contain the sampling weights, if there are any. In a survey
-    respondents are held against the full sample, or its totals. Raises `InputError` for other numbers and for an arm without weight."""
+    weights : one number, 0 or more, for each row of the data, in the caller's row order; they should contain the sampling weights, if there are any.
+    In a survey respondents are held against the full sample, or its totals. Raises `InputError` for other numbers and for an arm without weight."""
+    _check_study(study, "balance_of")
     study.check_index(weights)
     try:
         w = study.from_rows(np.asarray(weights, dtype=float))
@@ -314,7 +331,8 @@ def balance_of(study: Study, weights: np.ndarray) -> Balance:
     if not (w[treat] > 0).any() or not (survey or (w[~treat] > 0).any()):
         raise InputError("One of the arms has no weight at all. For the ATT the treated keep their own, 1 without sampling weights.")
     if survey:
-        return compare_groups(study, ("full sample", "respondents"), (s, s * treat), (s, w * treat), None if study.totals is None else study.totals[0])
+        means = None if study.totals is None else study.totals[0]
+        return compare_groups(study, ("full sample", "respondents"), (s, s * treat), (s, w * treat), means)
     return balance(study, w, s)
 
 # %% ../nbs/02_framework.ipynb #08466aef
@@ -406,11 +424,12 @@ def _fitted(x: np.ndarray, z: np.ndarray, s: np.ndarray) -> np.ndarray:
 def treatment_chances(study: Study) -> tuple[np.ndarray, np.ndarray]:
     """(n,) a linear estimate of each unit's chance of treatment (in a survey: response) from its covariates, and (n,) from covariates and cluster.
 
-    Least squares by sampling weight, cut off at 0 and 1; the second has a level for each cluster, its slopes come from the clusters with both arms, and it is
-    exactly 0 or 1 in the others."""
+    Least squares by sampling weight, cut off at 0 and 1; the second has a level for each cluster, its slopes come from the clusters with both arms,
+    and it is exactly 0 or 1 in the others."""
     s, z = study.sampling_weights, study.treat.astype(float)
     x = study.x - np.average(study.x, axis=0, weights=s)
-    x /= x.std(axis=0)                                      # columns of any scale count
+    spread = x.std(axis=0)
+    x /= np.where(spread > 0, spread, 1.0)                  # columns of any scale count
     sizes, per_cluster = np.diff(study.starts), cluster_sums(s, study.starts)
     share = np.repeat(cluster_sums(s * z, study.starts) / per_cluster, sizes)
     across = _fitted(np.column_stack([np.ones(study.n), x]), z, s)
@@ -422,15 +441,19 @@ def treatment_chances(study: Study) -> tuple[np.ndarray, np.ndarray]:
 
 
 def plot_overlap(study: Study, axes=None):
-    "Estimated chance of treatment of the two arms, back to back: from the covariates (left), from covariates and cluster (right); returns the two Axes."
+    """Estimated chance of treatment of the two arms, back to back; returns the two Axes.
+
+    On the left it is estimated from the covariates, on the right from covariates and cluster. axes : two Axes to draw on (default: a new figure)."""
+    _check_study(study, "plot_overlap")
     if axes is None:
         import matplotlib.pyplot as plt
         _, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharex=True, sharey=True, layout="constrained")
     axes = panels(axes, 2)
     above, below = ("respondents", "others") if study.level == "survey" else ("treated", "controls")
     edges, s = np.linspace(0, 1, 26), study.sampling_weights
+    groups = ((study.treat, 1, above, dict(color="0.25")), (~study.treat, -1, below, dict(color="white", edgecolor="black", hatch="////")))
     for ax, chance, title in zip(axes, treatment_chances(study), ("given covariates", "given covariates and cluster")):
-        for group, sign, look, label in ((study.treat, 1, dict(color="0.25"), above), (~study.treat, -1, dict(color="white", edgecolor="black", hatch="////"), below)):
+        for group, sign, label, look in groups:
             share = np.histogram(chance[group], edges, weights=s[group])[0] / s[group].sum()
             ax.bar(edges[:-1], sign * share, np.diff(edges), align="edge", label=label, linewidth=0.6, **look)
         ax.axhline(0, color="black", linewidth=0.8)

@@ -84,7 +84,9 @@ def _gram(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
 
 def _combinations(x: np.ndarray) -> dict[int, np.ndarray]:
-    "Standardised columns of x (n, d) that are combinations of earlier ones, to nine digits of their variance: number → its weights on the columns before it."
+    """Columns of x (n, d), standardised, that are combinations of earlier ones, to nine digits of their variance.
+
+    Returns a mapping from a column's number to its weights on the columns before it."""
     gram, found = _gram(x, np.full(len(x), 1 / len(x))), {}
     for j in range(1, len(gram)):
         before = np.linalg.lstsq(gram[:j, :j], gram[:j, j], rcond=None)[0]

@@ -71,7 +71,8 @@ class Constraint:
 
     value : (K, d). label : what it is, for messages. names : K·d names of its rows. unit : the size of a miss that counts as 1
     in messages, (K, d) or a number (for balance of means: target total × standard deviation), or None if the constraint is hard
-    by definition (a total), so that it is never relaxed when looking for the closest feasible weights. tolerance : in units, one number or (K, d); 0 for exact sums."""
+    by definition (a total), so that it is never relaxed when looking for the closest feasible weights. tolerance : in units, one number or (K, d);
+    0 for exact sums."""
     sums: BlockSums
     value: np.ndarray
     label: str
@@ -161,13 +162,14 @@ def exact_totals(starts: np.ndarray, target_total: np.ndarray, labels: Sequence 
 def certify(problem: Problem, weights: np.ndarray, multipliers: Sequence[np.ndarray], imbalance: Sequence[np.ndarray] | None = None) -> Certificate:
     """The residuals of `weights` (n,) with the constraints' `multipliers`, computed from the problem itself.
 
-    imbalance : y, one array for each of the problem's penalties (default: Bγ − b at `weights`). Where the ridge is small, rounding errors of that difference,
-    divided by the ridge, swamp the weights; a solver's own y has no such errors.
+    imbalance : y, one array for each of the problem's penalties (default: Bγ − b at `weights`). Where the ridge is small, rounding errors of that
+    difference, divided by the ridge, swamp the weights; a solver's own y has no such errors.
     Source: optimality conditions of a convex quadratic programme, Boyd & Vandenberghe (2004), sections 5.1 and 5.5."""
     return _judge(problem, weights, multipliers, imbalance)[0]
 
 
-def _judge(problem: Problem, weights: np.ndarray, multipliers: Sequence[np.ndarray], imbalance: Sequence[np.ndarray] | None) -> tuple[Certificate, float]:
+def _judge(problem: Problem, weights: np.ndarray, multipliers: Sequence[np.ndarray],
+           imbalance: Sequence[np.ndarray] | None) -> tuple[Certificate, float]:
     "What `certify` returns, and the objective."
     p, scale = problem, np.abs(weights).mean() or 1.0
     equality, linear, dual = 0.0, np.zeros(p.n), 0.0
@@ -536,7 +538,8 @@ def _library(problem: Problem, name: str) -> tuple[Solution | None, str]:
     shapes = [target.shape for _, target in problem.penalties] + [c.value.shape for c in problem.constraints]
     values = np.split(np.r_[y * scaled.kappa, nu * scaled.kappa / scaled.row], np.cumsum([rows * d for rows, d in shapes])[:-1])
     weights = np.clip(p * scaled.sigma, problem.lower, problem.upper)
-    return _solution(problem, weights, [v.reshape(shape) for v, shape in zip(values, shapes)], (name, rough.status, rough.iterations, steps), begin), rough.status
+    duals = [v.reshape(shape) for v, shape in zip(values, shapes)]
+    return _solution(problem, weights, duals, (name, rough.status, rough.iterations, steps), begin), rough.status
 
 
 def _attempt(problem: Problem, name: str, start: Solution | None) -> tuple[Solution | None, str]:
@@ -550,13 +553,14 @@ def _attempt(problem: Problem, name: str, start: Solution | None) -> tuple[Solut
 def solve(problem: Problem, solver: str = "auto", start: Solution | None = None) -> Solution:
     """Solve a balancing problem and certify the answer.
 
-    solver : "auto" ("structured", and if it fails the libraries that are installed), "structured", "piqp" or "osqp". start : the solution of a similar problem with
-    the same units and rows, where the structured solver begins.
+    solver : "auto" ("structured", and if it fails the libraries that are installed), "structured", "piqp" or "osqp". start : the solution of a
+    similar problem with the same units and rows, where the structured solver begins.
     Raises `InfeasibleError` if no weights satisfy the constraints, with the names of those in conflict; `SolverError`, with
     the best attempt attached, if no solver leads to an answer within `TOLERANCES`; `InputError` for a solver that is unknown or not installed."""
     if not isinstance(solver, str) or solver not in ("auto", *SOLVERS):
         raise InputError(f"Unknown solver {solver!r}." + nearest(solver, ["auto", *SOLVERS]))
-    if start is not None and [start.weights.shape, *map(np.shape, start.multipliers)] != [(problem.n,), *(c.value.shape for c in problem.constraints)]:
+    shapes = [(problem.n,), *(c.value.shape for c in problem.constraints)]
+    if start is not None and [start.weights.shape, *map(np.shape, start.multipliers)] != shapes:
         raise InputError("start must be the solution of a problem with the same units and the same constraints.")
     attempts, words, found = [], {}, None
     for name in SOLVERS if solver == "auto" else [solver]:
@@ -594,7 +598,9 @@ def _ahead(before: Sequence[tuple], lam: float) -> list[np.ndarray] | None:
 
 
 def path(problem: Problem, lams: Sequence[float]) -> list[Solution]:
-    "Solutions with every ridge multiplied by each of `lams` (positive numbers), in their order; fastest if they are sorted, the largest first. Raises as `solve`."
+    """Solutions with every ridge multiplied by each of `lams` (positive numbers), in their order.
+
+    It is fastest if they are sorted, the largest first. Raises as `solve`."""
     from clusterweights.structured import Newton
     try:
         newton, before, solutions = Newton(problem), [], []

@@ -75,6 +75,7 @@ def _scale(study: Study, standardize: bool) -> tuple[np.ndarray, np.ndarray, np.
     s = study.sampling_weights[:, None] / study.n
     centre = (s * study.x).sum(axis=0)
     spread = np.sqrt((s * (study.x - centre) ** 2).sum(axis=0))
+    spread = np.where(spread > 1e-12 * np.abs(study.x).max(axis=0), spread, 1.0)     # in a part of a study a column may be constant
     return (centre, spread, np.ones_like(spread)) if standardize else (centre, np.ones_like(spread), spread)
 
 # %% ../nbs/08_weights.ipynb #1f9705bb
@@ -614,7 +615,7 @@ _FEW = 5.0           # below this many degrees of freedom the t approximation is
 
 def _which_vcov(study: Study, vcov: str) -> str:
     "The standard error asked for, by its name in the package."
-    vcov = {"residualized": "residualised"}.get(vcov, vcov)
+    vcov = "residualised" if vcov == "residualized" else vcov
     if not isinstance(vcov, str) or vcov not in _VCOVS:
         raise InputError(f"Unknown vcov {vcov!r}." + nearest(vcov, _VCOVS))
     if vcov == "population" and study.level == "survey":

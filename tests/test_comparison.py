@@ -15,7 +15,7 @@ from numpy.testing import assert_allclose
 
 import clusterweights as cw
 import clusterweights.comparison as comparing
-from clusterweights import InputError, Study, core
+from clusterweights import InputError, Study, core, framework
 from clusterweights.comparison import Comparison, difference
 from clusterweights.datasets import late_entry_study, load_hsb, load_late_entry, load_star
 
@@ -389,3 +389,36 @@ def test_more_than_chance_depends_on_the_level():
     error = abs(c.change[1]) / 1.8                              # between the quantiles of 90% and of 95%
     for level, words in ((0.95, "no more than chance"), (0.9, "more than chance would. Either")):
         assert words in replace(c, change=(*c.change[:2], error), level=level).reading()
+
+
+def only_in_one_armed_clusters():
+    "A study in which one covariate varies in clusters that lack an arm, and is constant in all others."
+    rng = np.random.default_rng(0)
+    data = pd.DataFrame({"place": np.repeat(np.arange(40), 20), "x": rng.normal(size=800), "score": rng.normal(size=800)})
+    apart = data["place"] >= 34
+    data["z"] = np.where(apart, data["place"] >= 37, rng.random(800) < 0.4)
+    data["moved"] = (apart & (rng.random(800) < 0.5)).astype(float)
+    return Study(data, treat="z", cluster="place", covs=["x", "moved"], outcome="score")
+
+
+@pytest.mark.filterwarnings("ignore::clusterweights.ClusterWeightsWarning")
+def test_the_same_clusters_may_hold_a_constant_covariate():
+    study = only_in_one_armed_clusters()
+    part = study.restrict(study.cluster < 34)
+    plain = Study(pd.DataFrame({"place": part.cluster, "z": part.treat, "x": part.x[:, 0], "score": part.outcome}), treat="z", cluster="place",
+                  covs="x", outcome="score")
+    again = cw.compare(study, ["balancing", "hierarchical"], estimand="ATE", lam=1.0).table.loc["balancing, same clusters"]
+    assert again["units"] == 680
+    assert_allclose(again["estimate"], cw.balancing_weights(plain, estimand="ATE").estimate().estimate, atol=1e-9)
+    first, second = cw.balancing_weights(study, estimand="ATE"), cw.hierarchical_weights(study, lam=1.0, estimand="ATE")
+    assert cw.agreement(first, second, replicates=20, progress=False).units == 680
+    assert all(np.isfinite(side).all() for side in framework.treatment_chances(part))
+
+
+@pytest.mark.parametrize("lacking", ["an arm", "both arms in any cluster"])
+def test_no_same_clusters_where_the_part_in_common_is_no_such_study(lacking):
+    study = only_in_one_armed_clusters()
+    kept = study.treat if lacking == "an arm" else study.treat == (study.cluster < 17)
+    every = cw.unadjusted_weights(study)
+    fewer = replace(every, reason=np.where(kept, "", "left out").astype(object))
+    assert comparing._again_where(study, {"all": every, "fewer": fewer}) == (None, [])

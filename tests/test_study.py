@@ -29,6 +29,8 @@ def make(data=DATA, roles=None, **columns):
     ({"x": [np.inf, 2, 3, -np.inf]}, {}, "'x' has 2 infinite values"),
     ({"y": [np.inf, 2, 3, 4]}, {"outcome": "y"}, "outcome 'y' has 1 infinite value"),
     ({"x": [1e101, 2, 3, 4]}, {}, "larger units"),
+    ({"y": [1e-150, 0, 2e-150, 0]}, {"outcome": "y"}, "outcome 'y' has no value beyond ±1e-100"),
+    ({"z": ["a", "b", "a", "b"]}, {"treated": np.array(["b"])}, "must be a single value of 'z'"),
     ({"x": [1, "two", 3, 4]}, {}, "must be numeric, but holds"),
     ({"z": ["a", "b", "a", "b"]}, {"treated": "ja"}, "'ja' does not occur"),
     ({"z": ["a", "b", "a", "b"]}, {}, "Say which one means treated"),
