@@ -14,7 +14,7 @@ from statistics import NormalDist
 import numpy as np
 import pandas as pd
 
-from .core import ClusterWeightsError, InputError, Table, check_count, check_level, counted, interval_plot, seeded_map
+from .core import ClusterWeightsError, InputError, Table, check_count, check_level, counted, interval_plot, random_numbers, seeded_map
 from .study import Study
 
 # %% auto #0
@@ -57,7 +57,7 @@ def framework_data(seed: int | np.random.Generator, *, n_clusters: int = 100, me
     _require(sizes in ("poisson", "fixed"), f"sizes={sizes!r} must be 'poisson' or 'fixed'.")
     _require(sizes == "poisson" or mean_size == int(mean_size), f"With sizes='fixed', mean_size={mean_size!r} must be a whole number.")
     _require(noise_variance >= 0, f"noise_variance={noise_variance!r} must not be negative.")
-    rng = np.random.default_rng(seed)
+    rng = random_numbers(seed)
     n_in = 1 + rng.poisson(mean_size - 1, n_clusters) if sizes == "poisson" else np.full(n_clusters, int(mean_size))
     cluster = np.repeat(np.arange(n_clusters), n_in)
     x = rng.normal(size=(len(cluster), 10))
@@ -267,7 +267,7 @@ def education_data(seed: int | np.random.Generator, *, n_students: int = 9862, n
     female, minority, two_parents, with_mother (0/1), age (months), height (inches), weight (pounds), ses (standard deviations),
     income (1000 dollars), education (parent's, years). Only the judge may see `y0, y1, propensity` and `u`, the context. Made to
     resemble the data of Ben-Michael, Feller & Keele (2026), section 8.1; the coefficients are ours."""
-    rng = np.random.default_rng(seed)
+    rng = random_numbers(seed)
     cluster = np.repeat(np.arange(n_schools), _cluster_sizes(rng, n_students, 22, np.exp(0.8 * rng.normal(size=n_schools))))
     n = len(cluster)
     wealth = rng.normal(size=n_schools)[cluster]
@@ -306,7 +306,7 @@ def surgery_data(seed: int | np.random.Generator, *, n_patients: int = 143_415, 
     (for one patient they differ by −1, 0 or 1), `propensity` and `u`, the style. Made to resemble the data of Ben-Michael, Feller &
     Keele (2026), section 8.2; the coefficients are ours."""
     _require(abs(tau) <= 0.05, f"tau={tau!r} must lie between -0.05 and 0.05.")
-    rng = np.random.default_rng(seed)
+    rng = random_numbers(seed)
     tiny = rng.random(n_hospitals) < 0.085
     appeal = np.exp(0.85 * rng.normal(size=n_hospitals)) * np.where(tiny, 0.02, 1)
     cluster = np.repeat(np.arange(n_hospitals), _cluster_sizes(rng, n_patients, 1556, appeal))
@@ -346,23 +346,26 @@ _SCORE_SD = 31.0        # of the outcome without treatment, in points
 def summer_school_data(seed: int | np.random.Generator, *, n_schools: int = 44, overlap: float = 1.0, tau: float = 0.3) -> pd.DataFrame:
     """Students of schools that take part in a programme as a whole, or do not; the outcome is a score in standard deviations.
 
-    seed : int or Generator. n_schools : at least 8, of about 78 students each. overlap : c > 0, 1 for poor and 10 for excellent overlap. tau : the effect, the
-    same for all.
+    seed : int or Generator. n_schools : at least 8, of about 78 students each. overlap : c > 0, 1 for poor and 10 for excellent overlap. tau : the
+    effect, the same for all.
 
-    Returns one row per student, sorted by school. A method may see `cluster, treat, outcome`, five covariates of students (reading, math, black, hispanic,
-    female) and nine of schools (free_lunch, ell, novice, attendance, turnover, reading_proficient, math_proficient, minority, enrolment). Only the judge may see
-    `y0, y1` and `propensity`. There are at least two schools in each arm. Source: Ben-Michael, Page & Keele (2024), section 5; the covariates are made up."""
+    Returns one row per student, sorted by school. A method may see `cluster, treat, outcome`, five covariates of students (reading, math, black,
+    hispanic, female) and nine of schools (free_lunch, ell, novice, attendance, turnover, reading_proficient, math_proficient, minority, enrolment).
+    Only the judge may see `y0, y1` and `propensity`. There are at least two schools in each arm.
+    Source: Ben-Michael, Page & Keele (2024), section 5; the covariates are made up."""
     _require(n_schools >= 8, f"n_schools={n_schools!r} must be at least 8.")
     _require(overlap > 0, f"overlap={overlap!r} must be positive: 1 is poor, 10 excellent.")
-    rng = np.random.default_rng(seed)
+    rng = random_numbers(seed)
     need, staff, other = rng.normal(size=(3, n_schools))
     def noise(): return rng.normal(size=n_schools)
     level = -0.75 * need + 0.35 * staff + 0.55 * other
     school = {"free_lunch": 100 * _expit(0.3 + 0.8 * need + 0.3 * noise()), "ell": 100 * _expit(-2 + 0.6 * need + 0.5 * noise()),
               "novice": 100 * _expit(-1.8 - 0.4 * staff + 0.3 * need + 0.4 * noise()), "attendance": 95 - 0.8 * need + 0.5 * staff + 0.7 * noise(),
               "turnover": 100 * _expit(-1.5 - 0.5 * staff + 0.3 * noise()), "reading_proficient": 70 + 3 * level + 1.5 * noise(),
-              "math_proficient": 66 + 3 * level + 1.5 * noise(), "minority": 100 * _expit(0.8 * need + 0.6 * noise()), "enrolment": 420 + 90 * noise()}
-    e = _expit(-0.4 + 0.06 * (school["free_lunch"] - 57) + 0.03 * (school["ell"] - 13) + 0.04 * (school["novice"] - 15) - 0.5 * (school["attendance"] - 95))
+              "math_proficient": 66 + 3 * level + 1.5 * noise(), "minority": 100 * _expit(0.8 * need + 0.6 * noise()),
+              "enrolment": 420 + 90 * noise()}
+    e = _expit(-0.4 + 0.06 * (school["free_lunch"] - 57) + 0.03 * (school["ell"] - 13) + 0.04 * (school["novice"] - 15)
+               - 0.5 * (school["attendance"] - 95))
     propensity, treat = np.clip(0.25 + e / overlap, 0, 1), np.zeros(n_schools)
     while not 2 <= treat.sum() <= n_schools - 2:
         treat = (rng.random(n_schools) < propensity).astype(int)
@@ -392,7 +395,7 @@ def make_clustered_data(seed: int | np.random.Generator, n_clusters: int = 10, c
     _require(n_clusters >= 2 and n_clusters % 2 == 0, f"n_clusters={n_clusters!r} must be even, since half of the clusters are treated.")
     _require(cluster_size >= 1, f"cluster_size={cluster_size!r} must be at least 1.")
     _require(0 <= icc <= 1, f"icc={icc!r} must lie between 0 and 1.")
-    rng = np.random.default_rng(seed)
+    rng = random_numbers(seed)
     scale = (1 + tau) ** 2 if scaled else 1.0
     cluster = np.repeat(np.arange(n_clusters), cluster_size)
     y0 = scale * (np.sqrt(icc) * rng.normal(size=n_clusters)[cluster] + np.sqrt(1 - icc) * rng.normal(size=len(cluster)))
@@ -401,15 +404,16 @@ def make_clustered_data(seed: int | np.random.Generator, n_clusters: int = 10, c
     return pd.DataFrame({"cluster": cluster, "treat": treat, "outcome": np.where(treat == 1, y1, y0), "y0": y0, "y1": y1})
 
 # %% ../nbs/03_simulate.ipynb #9d3df56c
-def cluster_missing_data(seed: int | np.random.Generator, *, level: float = 0.5, selection: float = 1.0, n_clusters: int = 30, cluster_size: int = 200,
-                         curved: bool = False) -> pd.DataFrame:
+def cluster_missing_data(seed: int | np.random.Generator, *, level: float = 0.5, selection: float = 1.0, n_clusters: int = 30,
+                         cluster_size: int = 200, curved: bool = False) -> pd.DataFrame:
     """A survey with answers missing by covariates and an unseen level of the cluster.
 
-    seed : int or Generator. level, selection : λ₁ and λ₂, what the cluster's level does to the outcome and to the log-odds of answering. n_clusters, cluster_size : as sampled. curved : whether the outcome bends in the covariates.
-    Returns one row per unit, sorted by cluster, with `cluster, x1, x2, outcome` (missing for those who did not answer) and the truth `y` and `propensity`. The mean of y is 0 in expectation, if curved 1.1875.
+    seed : int or Generator. level, selection : λ₁ and λ₂, what the cluster's level does to the outcome and to the log-odds of answering. n_clusters,
+    cluster_size : as sampled. curved : whether the outcome bends in the covariates. Returns one row per unit, sorted by cluster, with `cluster, x1,
+    x2, outcome` (missing for those who did not answer) and the truth `y` and `propensity`. The mean of y is 0 in expectation, if curved 1.1875.
     Source: Gao, Yang & Kim (2023), section 4, where z_i is the level a_i of the outcome."""
     _require(n_clusters >= 1 and cluster_size >= 1, f"n_clusters={n_clusters!r} and cluster_size={cluster_size!r} must be at least 1.")
-    rng = np.random.default_rng(seed)
+    rng = random_numbers(seed)
     cluster = np.repeat(np.arange(n_clusters), cluster_size)
     n, a = len(cluster), rng.normal(size=n_clusters)[cluster]
     x1, x2 = rng.uniform(-0.75, 0.75, n), rng.normal(size=n)
@@ -419,4 +423,5 @@ def cluster_missing_data(seed: int | np.random.Generator, *, level: float = 0.5,
         m2, s2 = np.exp(0.5), np.sqrt(np.e**2 - np.e)
         y += x1**2 + x2**2 + 0.1 * (np.exp(x1) - m1) / s1 + 0.1 * (np.exp(x2) - m2) / s2
     propensity = _expit(-0.25 + x1 + x2 + selection * a)
-    return pd.DataFrame({"cluster": cluster, "x1": x1, "x2": x2, "outcome": np.where(rng.random(n) < propensity, y, np.nan), "y": y, "propensity": propensity})
+    outcome = np.where(rng.random(n) < propensity, y, np.nan)
+    return pd.DataFrame({"cluster": cluster, "x1": x1, "x2": x2, "outcome": outcome, "y": y, "propensity": propensity})

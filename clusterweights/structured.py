@@ -68,7 +68,8 @@ class Arrow:
         for x, first, last in zip(arrays, ends[:-1], ends[1:]):
             _sorted_into(self.x[:, first:last], x, self.units)
         self.column = np.concatenate([np.zeros(0, dtype=int), *(self.spans[j] for j in place)])
-        self.scale = np.concatenate([np.zeros((len(self.order), 0)), *(np.repeat(s.scale[self.order, None], s.x.shape[1], axis=1) for s in local)], axis=1)
+        scales = [np.repeat(s.scale[self.order, None], s.x.shape[1], axis=1) for s in local]
+        self.scale = np.concatenate([np.zeros((len(self.order), 0)), *scales], axis=1)
         self.k, self.r = self.scale.shape
 
     def _place_whole(self, whole: Sequence[BlockSums]) -> None:
@@ -299,8 +300,8 @@ _WIDTHS = 1e-3, 1e-7, 1e-10        # τ, in turn
 
 @dataclass(frozen=True)
 class NewtonResult:
-    """weights : (n,). multipliers : one (blocks, d) array for each constraint. duals : for all rows, for a warm start; the rows of B first. converged :
-    whether the free units settled. steps : how many. history : for each step its length, and how many units and tolerated rows changed sides."""
+    """weights : (n,). multipliers : one (blocks, d) array for each constraint. duals : for all rows, for a warm start; the rows of B first.
+    converged : whether the free units settled. history : for each step its length, and how many units and tolerated rows changed sides."""
     weights: np.ndarray
     multipliers: tuple[np.ndarray, ...]
     duals: tuple[np.ndarray, ...]
@@ -403,7 +404,8 @@ def _ascend(self: Newton, lam: float, start: Sequence[np.ndarray] | None, patien
 
 # %% ../nbs/06_structured.ipynb #51c7aa33
 @patch
-def _finish(self: Newton, lam: float, y: np.ndarray, z: np.ndarray, w: np.ndarray, inside: np.ndarray, converged: bool, history: list) -> NewtonResult:
+def _finish(self: Newton, lam: float, y: np.ndarray, z: np.ndarray, w: np.ndarray, inside: np.ndarray, converged: bool,
+            history: list) -> NewtonResult:
     "Refine weights and multipliers for the free units `w`, and put them into the problem's order and scale."
     arrow, soft, gamma, best, failures = self.arrow, lam * self.soft, np.clip(z, self.lower, self.upper), np.inf, 0
     y = np.where(inside, 0.0, y)
