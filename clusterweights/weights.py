@@ -629,6 +629,20 @@ def _which_vcov(study: Study, vcov: str) -> str:
     return {"survey": "residualised", "unit": "residualised", "cluster": "CR2"}[study.level] if vcov == "auto" else vcov
 
 
+def _speaks_of(study: Study, vcov: str) -> str:
+    "Whom an estimate with this standard error speaks of, and which deviations it counts."
+    if vcov == "residualised":
+        return "The estimate speaks of the units at hand. Each unit's deviation from the outcome model of its own arm counts."
+    if vcov == "population":
+        return ("The estimate speaks of all units like these, in these clusters. Each unit's deviation from one model for both arms counts, so that "
+                "effects that differ count, too.")
+    rest = "one model for both arms" if study.level != "survey" else "the outcome model" if study.totals is not None else "the weighted mean"
+    said = f"The estimate speaks of more clusters like these. Deviations from {rest} are added up by cluster, so whatever its units share counts once."
+    if rest == "the weighted mean":
+        said += " Another sample of clusters would have had other means to be weighted to, so no outcome model is subtracted."
+    return said
+
+
 def _reasons(weights: Weights, vcov: str, asked: str, model: OutcomeModel) -> tuple[str, ...]:
     "Should the standard error count clusters? The answer for this study, step by step (Abadie et al., 2023)."
     study, own = weights.study, METHODS[weights.method].knows(weights.params)
@@ -648,11 +662,7 @@ def _reasons(weights: Weights, vcov: str, asked: str, model: OutcomeModel) -> tu
             steps.append(f"{weights.label} does not: what clusters have in common stays in the contrast. That is a bias first, which no standard "
                          "error covers; compare within clusters, or "
                          "see how far vcov='CR2' moves the interval.")
-    steps.append({"residualised": "The estimate speaks of the units at hand. Each unit's deviation from the outcome model of its own arm counts.",
-                  "population": "The estimate speaks of all units like these, in these clusters. Each unit's deviation from one model for both "
-                                "arms counts, so that effects that differ count, too.",
-                  }.get(vcov, "The estimate speaks of more clusters like these. Deviations from one model for both arms are added up by cluster, "
-                              "so whatever its units share counts once."))
+    steps.append(_speaks_of(study, vcov))
     steps.append(f"The outcome model knows: {model.knows}."
                  + (" What weights balance cancels in the contrast and is no uncertainty." if model.knows != "none" else ""))
     return (*steps, f"vcov='{vcov}' was asked for." if asked != "auto" else f"Hence vcov='{vcov}'.")
@@ -701,16 +711,13 @@ def estimate(self: Weights, outcome=None, by=None, *, vcov: str = "auto", outcom
 
     outcome : the name of one of the study's outcomes, or values in the caller's row order; default: the first outcome.
     by : values in the caller's row order that define subgroups; rows where it is missing belong to none. Returns a data frame then, one `tidy()` row
-    per subgroup, with the
-    units and the largest |SMD| in it: weights balance the sample, and a subgroup only as far as that column says.
+    per subgroup, with the units and the largest |SMD| in it: weights balance the sample, and a subgroup only as far as that column says.
     vcov : "auto" ("residualised"; "CR2" if whole clusters were treated), "residualised" (for the units at hand), "population" (for the units they
-    were drawn from), or "CR0" to "CR3" (counts clusters).
+    were drawn from), or "CR0" to "CR3" (counts clusters; in a survey without population totals no outcome model is subtracted then).
     outcome_model : what the model behind standard error and correction may know ("none", "covariates", "covariates and clusters", …), a learner, or
-    an `OutcomeModel`; default: what the
-    method conditions on. bias_corrected : subtract what that model says of the imbalance that is left.
+    an `OutcomeModel`; default: what the method conditions on. bias_corrected : subtract what that model says of the imbalance that is left.
     Raises `InputError` if there is no outcome, `EstimationError` if an arm has fewer than two units (or for CR, clusters) with weight. Warns
-    (`FewClustersWarning`) if the standard error
-    has fewer than 5 degrees of freedom."""
+    (`FewClustersWarning`) if the standard error has fewer than 5 degrees of freedom."""
     study, y, asked = self.study, _outcome(self.study, outcome), vcov
     vcov, model = _which_vcov(study, vcov), _resolved(self, outcome_model)
     takes_out = study.level != "survey" or study.totals is not None or vcov not in KINDS        # whether the standard error takes the model out

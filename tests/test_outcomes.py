@@ -187,4 +187,5 @@ def test_an_outcome_model_that_would_play_no_part_is_refused():
     with pytest.raises(InputError, match="plays no part"):
         w.estimate(vcov="CR2", outcome_model="covariates")
     assert "The outcome model knows: none." in w.estimate(vcov="CR2").explain()
+    assert "no outcome model is subtracted" in w.estimate(vcov="CR2").explain() and "both arms" not in w.estimate(vcov="CR2").explain()
     assert w.estimate(vcov="CR2", outcome_model="covariates", bias_corrected=True).std_error == w.estimate(vcov="CR2").std_error
