@@ -637,7 +637,7 @@ def _speaks_of(study: Study, vcov: str) -> str:
         return ("The estimate speaks of all units like these, in these clusters. Each unit's deviation from one model for both arms counts, so that "
                 "effects that differ count, too.")
     rest = "one model for both arms" if study.level != "survey" else "the outcome model" if study.totals is not None else "the weighted mean"
-    said = f"The estimate speaks of more clusters like these. Deviations from {rest} are added up by cluster, so whatever its units share counts once."
+    said = f"The estimate speaks of more clusters like these. Deviations from {rest} are added up by cluster, so what its units share counts once."
     if rest == "the weighted mean":
         said += " Another sample of clusters would have had other means to be weighted to, so no outcome model is subtracted."
     return said
