@@ -20,7 +20,7 @@ from .core import Certificate, EstimationError, InfeasibleError, InputError, Ove
 from .core import caller_depth, counted, listed, nearest, one_thread
 from .inference import Estimate
 from .mixed import fit_linear_mixed, independent_columns
-from .outcomes import folds
+from .outcomes import Prediction, folds
 from .qp import BlockSums, Problem, Solution, closest, exact_means, exact_totals
 from .study import Study, cluster_sums
 from .weights import METHODS, WEIGHTED_ARMS, Weights, canonical_estimand, group_mask, method, predict_outcomes, target_weights, weigh
@@ -50,8 +50,8 @@ def _xlogx(w: np.ndarray) -> np.ndarray:
 LOSSES = {
     "squared": Loss(lambda w: (w - 1) ** 2 / 2, lambda w: w - 1, lambda z: z + z**2 / 2, lambda z: 1 + z, lambda w: np.ones_like(w)),
     "entropy": Loss(lambda w: _xlogx(w) - w + 1, np.log, lambda z: np.exp(z) - 1, np.exp, lambda w: w, low=0.0),
-    "empirical likelihood": Loss(lambda w: w - 1 - np.log(w), lambda w: 1 - 1 / w, lambda z: -np.log(1 - z), lambda z: np.where(z < 1, 1 / (1 - z), np.inf), lambda w: w**2,
-                                 low=0.0),
+    "empirical likelihood": Loss(lambda w: w - 1 - np.log(w), lambda w: 1 - 1 / w, lambda z: -np.log(1 - z),
+                                 lambda z: np.where(z < 1, 1 / (1 - z), np.inf), lambda w: w**2, low=0.0),
     "maximum entropy": Loss(lambda w: _xlogx(w - 1) - (w - 1), lambda w: np.log(w - 1), lambda z: z + np.exp(z), lambda z: 1 + np.exp(z),
                             lambda w: w - 1, low=1.0),
 }
@@ -300,14 +300,14 @@ def solve_softcal(x: np.ndarray, starts: np.ndarray, target_mean: np.ndarray, ta
 
 
 def _closest(dual: _Dual) -> tuple:
-    """A dual with a vanishing ridge on all demands but the overall total, and its solution: of the weights inside the bounds, those with least squared misses.
+    """A dual with a vanishing ridge on all demands but the overall total, and its solution: the weights inside the bounds with least squared misses.
 
     The ridge shrinks step by step, each starting from the last."""
     total, start = dual.goal[0], None
     own = dual.d.sum()
     if not (dual.low * own < total < dual.high * own):
-        raise InfeasibleError(f"Weights between {dual.low:g} and {dual.high:g} times base weights, which add up to {own:,.6g}, cannot add up to the target's "
-                              f"{total:,.6g}, so that there is nothing to come close to. Take another loss or other bounds.", ["total"])
+        raise InfeasibleError(f"Weights between {dual.low:g} and {dual.high:g} times base weights, which add up to {own:,.6g}, cannot add up to the "
+                              f"target's {total:,.6g}, so that there is nothing to come close to. Take another loss or other bounds.", ["total"])
     for strength in 10.0 ** -np.arange(7):
         ridge = strength * total * np.r_[0.0, np.ones(dual.x.shape[1] - 1)]
         kappa = np.full(len(dual.sizes), strength * total / len(dual.sizes)) if dual.hard.all() else dual.kappa
@@ -337,14 +337,15 @@ def _explained(dual: _Dual, solution: Solution, total: float, unit: np.ndarray, 
                                found.names, found.distance, found.weights, found.direction)
     away = np.abs(solution.multipliers[0][1:] * unit)
     where = listed(name for name, far in zip(names, away) if far > 0.1 * away.max())
-    return SolverError(f"Weights that meet the demands exist, or nearly so, but none with every weight inside the domain was found ({solution}). The target "
-                       f"lies on the edge of what is possible{f', as the multipliers of {where} show' * bool(where)}: use fewer covariates, a larger lam, or "
-                       "the squared loss.", solution)
+    shown_by = f", as the multipliers of {where} show" if where else ""
+    return SolverError("Weights that meet the demands exist, or nearly so, but none with every weight inside the domain was found "
+                       f"({solution}). The target lies on the edge of what is possible{shown_by}: use fewer covariates, a larger lam, or the squared "
+                       "loss.", solution)
 
 # %% ../nbs/15_softcal.ipynb #856fd314
 @dataclass(frozen=True)
 class _Part:
-    """An arm of a study. rows : (m,) its positions. starts : (K' + 1,), present : (K',) clusters that have such units. target : (n,) weights of target
+    """An arm of a study. rows : (m,) its positions. starts : (K' + 1,), present : (K',) clusters with such units. target : (n,) weights of target
     units, 0 if the target comes from outside. mean : (d,), total : of the target. sizes : (K,) the target's size by cluster, None if not known.
     base : (m,) base weights, scaled. scale : by how much. per_lam : what γ is multiplied with."""
     rows: np.ndarray
@@ -382,8 +383,9 @@ def _part(study: Study, estimand: str, name: str, loss: str, cluster_weight: str
 
 def _solve(study: Study, part: _Part, lam: float, loss: str, form: str, bounds, infeasible: str = "error") -> Solution:
     if part.sizes is None and lam < np.inf:
-        raise EstimationError(f"The totals do not say how large each cluster should become. Give sizes under {study.columns['cluster']!r} as part of totals, or "
-                              "a data frame with that column; or ignore clusters, with lam=float('inf') or balancing_weights.")
+        raise EstimationError("The totals do not say how large each cluster should become. Give sizes under "
+                              f"{study.columns['cluster']!r} as part of totals, or a data frame with that column; or ignore clusters, with "
+                              "lam=float('inf') or balancing_weights.")
     sizes = np.zeros(study.n_clusters) if part.sizes is None else part.sizes
     gone = np.setdiff1d(np.flatnonzero(sizes > 0), part.present)
     if lam == 0 and len(gone) and infeasible == "error":
@@ -391,8 +393,8 @@ def _solve(study: Study, part: _Part, lam: float, loss: str, form: str, bounds, 
                               f"with {sizes[gone].sum():,.4g} target units have nobody to be weighted. With lam > 0 others stand in for them.",
                               [f"total of cluster {study.labels[g]}" for g in gone], clusters=list(study.labels[gone]))
     scale = part.scale if form == "adjusted" else part.per_lam            # there the squared loss shrinks, whose curvature is 1
-    return solve_softcal(study.x[part.rows], part.starts, part.mean, part.total, sizes[part.present], lam * scale, loss=loss, form=form, base=part.base,
-                          bounds=bounds, infeasible=infeasible, names=study.names, labels=study.labels[part.present])
+    return solve_softcal(study.x[part.rows], part.starts, part.mean, part.total, sizes[part.present], lam * scale, loss=loss, form=form,
+                         base=part.base, bounds=bounds, infeasible=infeasible, names=study.names, labels=study.labels[part.present])
 
 
 def _mixed(study: Study, part: _Part, y: np.ndarray):
@@ -455,7 +457,7 @@ def softcal_weights(study: Study, lam: float | str | Mapping[str, float] = "auto
     the best on `cross_fitted_lam`'s grid; 0: exact totals; infinity: clusters ignored; or a number for each weighted arm. estimand : "ATT"
     (default), "ATC", "ATE"; in a survey "mean" (default) or "total" (respondents to the full sample, or to the population of `Study.survey`'s totals,
     which must say how large clusters are). loss : "maximum entropy" (weights above 1, as inverse probabilities; default but for the ATT and ATC),
-    "entropy" (default for these), "squared", "empirical likelihood", or "logit" (with bounds). form : "penalised" (default) or "adjusted", the paper's.
+    "entropy" (default for these), "squared", "empirical likelihood", or "logit" (with bounds). form : "penalised" (default) or "adjusted".
     bounds : of weights, not below 0, as multiples of the base weight scaled to the target's total (maximum entropy: of the sampling weight); with the
     squared loss the default truncates at 0. infeasible : "error" (default), or "closest" for the weights that miss the demands by the least squares,
     with a warning that says which and how far. cluster_weight : "units" or "clusters", whether each target unit or each cluster counts the same.
@@ -543,7 +545,7 @@ class LamCurve:
             ax.plot(self.best[arm], own["mse"].min(), "o", color="black", markerfacecolor="white", markersize=9)
             ax.axvline(self.root[arm], color="grey", linestyle=":", linewidth=1)
         ax.set(xscale="log", xlabel="γ (dotted: √(n/q))", ylabel="cross-fitted mean squared error")
-        ax.legend(fontsize="small", frameon=False)
+        ax.legend(fontsize="small", frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
         ax.spines[["top", "right"]].set_visible(False)
         return ax
 
@@ -602,7 +604,7 @@ def cross_fitted_lam(study: Study, *, estimand: str | None = None, loss: str | N
 # %% ../nbs/15_softcal.ipynb #a2d16373
 @dataclass(frozen=True)
 class _Fit:
-    "What an outcome model says: intercept and slopes b (d + 1,), levels u (K,), predictions of the study's units (n,), the variance between clusters."
+    "What an outcome model says: intercept and slopes b (d + 1,), levels u (K,), predictions for the units (n,), the variance between clusters."
     b: np.ndarray
     u: np.ndarray
     fitted: np.ndarray
@@ -684,88 +686,105 @@ def _strata(study: Study, strata, fraction) -> tuple[np.ndarray, np.ndarray]:
     return codes, np.array(shares, dtype=float)[codes]
 
 
-def softcal_estimate(weights: Weights, outcome=None, *, vcov: str = "clusters", bias_corrected: bool = False, outcome_model=None,
-                     strata: Mapping | None = None, fraction: float | Mapping = 0.0, penalised: bool = True) -> Estimate:
-    """The mean, total or effect under soft calibration weights, with a standard error that knows their penalty.
+@dataclass(frozen=True)
+class _ArmPart:
+    """What an arm contributes. mean : its weighted mean. parts, sizes, within : (K,) contributions to the total ψ, shares of the target, variances
+    within clusters over the squared total. total : of the target. reference : what predicts units of a reference sample. reason : for `explain`."""
+    mean: float
+    parts: np.ndarray
+    sizes: np.ndarray
+    total: float
+    within: np.ndarray | float = 0.0
+    reference: _Fit | None = None
+    reason: str = ""
 
-    outcome : the name of one of the study's outcomes; default: the first. vcov : "clusters" (clusters were drawn) or "sample" (of a survey; only
-    responding is chance, or of a population from outside, only being in the sample). bias_corrected : subtract what a model predicts of the imbalance that is
-    left: BLUP by REML, or outcome_model as in `Weights.estimate` (not with a population from outside). strata : the stratum of each cluster by its label, if
-    clusters were drawn within strata. fraction : the share of clusters that was drawn without replacement, in all or by stratum; 0 for with
-    replacement or few of many. penalised : False for Corollary 1 as published, which covers too rarely; for comparison. Totals from a reference sample
-    bring its variance along. `explain()` of the result reports γ, √(n/q) and the bias term. Raises `InputError` for weights of other methods. Source:
-    Gao, Yang & Kim (2023), Theorem 2 and Corollary 1, changed as said in the chapter."""
-    study, estimand, params = weights.study, weights.estimand, weights.params
+
+def _of_arm(weights: Weights, arm: str, y: np.ndarray, drawn: np.ndarray, vcov: str, penalised: bool, model: Prediction | None | bool) -> _ArmPart:
+    "The contribution of one arm. y : (n,). drawn : (K,). model : the outcome model to correct with, None for the mixed model, False for none."
+    study, estimand, params, own = weights.study, weights.estimand, weights.params, group_mask(weights.study, arm)
+    w, used = np.where(own, weights.in_order, 0.0), _own_loss(params["loss"], estimand)
+    if arm not in WEIGHTED_ARMS[estimand]:                              # an arm that is its own target
+        return _ArmPart(w @ y / w.sum(), cluster_sums(w * y, study.starts), cluster_sums(w, study.starts), w.sum())
+    part = _part(study, estimand, arm, used, params["cluster_weight"])
+    lam = params["lam"][arm] if isinstance(params["lam"], dict) else params["lam"]
+    loss, over = _checked_loss(used, params["bounds"])[0], weights.in_order[part.rows] / part.base
+    fit = _fit(study, *_levels(part, over, y[part.rows], study.x[part.rows], loss, lam, study.n_clusters))
+    adjusted = params["form"] == "adjusted" and used != "squared"
+    printed, moved = (fit, fit) if penalised and not adjusted else _printed(study, part, over, y, lam, loss)
+    eta, level = np.where(own, y - (fit if penalised else printed).fitted, 0.0), fit.u[study.cluster]
+    blup, miss = _blup(study, part, y), np.zeros(study.n_clusters) if part.sizes is None else cluster_sums(w, study.starts) - part.sizes
+    term = bias = miss @ blup.u / part.total
+    if model is False:
+        goal, rest, bias = (fit.fitted - level, eta + level, 0.0) if penalised else (moved.fitted, eta, 0.0)
+    elif model is None:
+        goal, rest = blup.fitted, y - blup.fitted
+    else:
+        goal, rest, bias = model.fitted, y - model.left_out, (w - part.target) @ model.fitted / part.total
+    chance = _within_variance(study, w, eta, part.target * fit.fitted + w * eta, drawn, vcov)
+    reason = (f"{arm}: γ = {lam:.4g}; √(n/q) = {np.sqrt(len(part.rows) / len(part.present)):.3g}; imbalance of clusters times their predicted levels "
+              f"{term:.3g}" + ("." if model is False else ", subtracted." if model is None else f"; predicted bias {bias:.3g}, subtracted."))
+    return _ArmPart(w @ y / part.total - bias, cluster_sums(part.target * goal + w * rest, study.starts),
+                    np.zeros(study.n_clusters) if part.sizes is None else part.sizes, part.total,
+                    (chance + blup.between * miss**2) / part.total**2, (moved if adjusted else fit) if model is False else blup, reason)
+
+# %% ../nbs/15_softcal.ipynb #c79d6a05
+def _check_estimate(weights: Weights, vcov: str, bias_corrected: bool, outcome_model, strata, fraction, penalised: bool) -> None:
+    outside = weights.study.totals is not None
     if weights.method != "softcal":
         raise InputError(f"softcal_estimate is for soft calibration weights; those of {weights.label!r} have .estimate().")
     if vcov not in ("clusters", "sample"):
         raise InputError(f"Unknown vcov {vcov!r}." + nearest(vcov, ["clusters", "sample"]))
-    survey, outside = study.level == "survey", study.totals is not None
-    if vcov == "sample" and not survey:
+    if vcov == "sample" and weights.study.level != "survey":
         raise InputError("vcov='sample' is for surveys; for the effect on the units at hand use .estimate().")
     if vcov == "sample" and (strata is not None or fraction != 0):
         raise InputError("strata and fraction say how clusters were drawn: they are for vcov='clusters'.")
     if not penalised and bias_corrected:
         raise InputError("penalised=False is for the estimate without correction.")
     if outcome_model is not None and (outside or not bias_corrected):
-        raise InputError("outcome_model is for bias_corrected=True" + (", and predicts units of the study only, not a population from outside." if outside else "."))
+        raise InputError("outcome_model is for bias_corrected=True" + (
+            ", and predicts units of the study only, not a population from outside." if outside else "."))
+
+
+def softcal_estimate(weights: Weights, outcome=None, *, vcov: str = "clusters", bias_corrected: bool = False, outcome_model=None,
+                     strata: Mapping | None = None, fraction: float | Mapping = 0.0, penalised: bool = True) -> Estimate:
+    """The mean, total or effect under soft calibration weights, with a standard error that knows their penalty.
+
+    outcome : the name of one of the study's outcomes; default: the first. vcov : "clusters" (clusters were drawn) or "sample" (of a survey; only
+    responding is chance, or of a population from outside, only being in the sample). bias_corrected : subtract what a model predicts of the
+    imbalance that is left: BLUP by REML, or outcome_model as in `Weights.estimate` (not with a population from outside). strata : the stratum of
+    each cluster by its label, if clusters were drawn within strata. fraction : the share of clusters that was drawn without replacement, in all or
+    by stratum; 0 for with replacement or few of many. penalised : False for Corollary 1 as published, which covers too rarely; for comparison.
+    Totals from a reference sample bring its variance along. `explain()` of the result reports γ, √(n/q) and the bias term. Raises `InputError` for
+    weights of other methods. Source: Gao, Yang & Kim (2023), Theorem 2 and Corollary 1, changed as said in the chapter."""
+    study, estimand, k = weights.study, weights.estimand, weights.study.n_clusters
+    _check_estimate(weights, vcov, bias_corrected, outcome_model, strata, fraction, penalised)
+    survey, outside = study.level == "survey", study.totals is not None
     stratum, drawn = _strata(study, strata, fraction)
     name = next(iter(study.outcomes), None) if outcome is None else outcome
     if name not in study.outcomes:
         raise InputError(f"The study has no outcome {name!r}." + nearest(name, study.outcomes))
-    y, used = np.nan_to_num(study.outcomes[name]), _own_loss(params["loss"], estimand)
-    loss = _checked_loss(used, params["bounds"])[0]
-    models = None if outcome_model is None else predict_outcomes(weights, y, outcome_model)
-    means, psi, within, reasons, reference = {}, np.zeros(study.n_clusters), np.zeros(study.n_clusters), [], None
-    for arm in (["respondents"] if survey else ["treated", "controls"]):
-        sign, own = -1.0 if arm == "controls" else 1.0, group_mask(study, arm)
-        w = np.where(own, weights.in_order, 0.0)
-        if arm not in WEIGHTED_ARMS[estimand]:                          # an arm that is its own target
-            means[arm], parts = w @ y / w.sum(), cluster_sums(w * y, study.starts)
-        else:
-            part = _part(study, estimand, arm, used, params["cluster_weight"])
-            lam = params["lam"][arm] if isinstance(params["lam"], dict) else params["lam"]
-            over = weights.in_order[part.rows] / part.base
-            fit = _fit(study, *_levels(part, over, y[part.rows], study.x[part.rows], loss, lam, study.n_clusters))
-            adjusted = params["form"] == "adjusted" and used != "squared"
-            printed, moved = (fit, fit) if penalised and not adjusted else _printed(study, part, over, y, lam, loss)
-            eta = np.where(own, y - (fit if penalised else printed).fitted, 0.0)
-            blup, sums = _blup(study, part, y), cluster_sums(w, study.starts)
-            miss = np.zeros(study.n_clusters) if part.sizes is None else sums - part.sizes
-            if bias_corrected:
-                fitted, left_out = (blup.fitted,) * 2 if models is None else (models[arm].fitted, models[arm].left_out)
-                bias = miss @ blup.u / part.total if models is None else (w - part.target) @ fitted / part.total
-                parts = cluster_sums(part.target * fitted + w * (y - left_out), study.starts)
-                reference = blup
-            else:
-                bias = miss @ blup.u / part.total
-                level = (fit if penalised else printed).u[study.cluster]
-                goal = fit.fitted - level if penalised else moved.fitted
-                parts = cluster_sums(part.target * goal + w * (eta + (level if penalised else 0.0)), study.starts)
-                reference = moved if adjusted else fit
-            means[arm] = w @ y / part.total - bias_corrected * bias
-            chance = _within_variance(study, w, eta, part.target * fit.fitted + w * eta, drawn, vcov)
-            within += (chance + blup.between * miss**2) / part.total**2
-            reasons.append(f"{arm}: γ = {lam:.4g}; √(n/q) = {np.sqrt(len(part.rows) / len(part.present)):.3g}; imbalance of clusters times their "
-                           f"predicted levels {miss @ blup.u / part.total:.3g}" + (f"; predicted bias {bias:.3g}, subtracted." if bias_corrected else "."))
-        psi += sign * parts
-        sizes, total = (part.sizes, part.total) if arm in WEIGHTED_ARMS[estimand] else (cluster_sums(w, study.starts), w.sum())
-    value = means["respondents"] if survey else means["treated"] - means["controls"]
-    k, variance = study.n_clusters, within.sum()
+    y = np.nan_to_num(study.outcomes[name])
+    models = {} if outcome_model is None else predict_outcomes(weights, y, outcome_model)
+    arms = {arm: _of_arm(weights, arm, y, drawn, vcov, penalised, models.get(arm) if bias_corrected else False)
+            for arm in (["respondents"] if survey else ["treated", "controls"])}
+    first, last = next(iter(arms.values())), [part for arm, part in arms.items() if arm in WEIGHTED_ARMS[estimand]][-1]
+    value = first.mean if survey else first.mean - arms["controls"].mean
+    within = sum(part.within for part in arms.values())
+    variance, reasons = within.sum(), [part.reason for part in arms.values() if part.reason]
     if vcov == "clusters":
-        rest = psi - (0.0 if estimand == "total" or outside else value) * (0.0 if outside else sizes)
-        count = np.bincount(stratum)[stratum]
+        psi = first.parts if survey else first.parts - arms["controls"].parts
+        rest = psi if estimand == "total" or outside else psi - value * last.sizes
         rest = rest - (np.bincount(stratum, weights=rest) / np.bincount(stratum))[stratum]
-        variance = ((1 - drawn) * count / (count - 1) * rest**2).sum() / total**2 + drawn @ within
+        count = np.bincount(stratum)[stratum]
+        variance = ((1 - drawn) * count / (count - 1) * rest**2).sum() / last.total**2 + drawn @ within
     if outside and study.totals.sample is not None:
-        added = _reference_variance(study, reference, 0.0 if estimand == "total" else value)
+        added = _reference_variance(study, last.reference, 0.0 if estimand == "total" else value)
         reasons.append(f"The totals are estimates: the reference sample brings {added / (variance + added):.0%} of the variance.")
         variance += added
     if not variance > 0:
         raise EstimationError("There is no variation left for a standard error.")
-    scale = total * (1.0 if outside else study.weight_scale) if estimand == "total" else 1.0
-    chance = "being in the sample" if outside else "responding"
-    said = {"clusters": "counts clusters as drawn", "sample": f"only {chance} counts as chance"}[vcov]
+    scale = last.total * (1.0 if outside else study.weight_scale) if estimand == "total" else 1.0
+    said = "counts clusters as drawn" if vcov == "clusters" else f"only {'being in the sample' if outside else 'responding'} counts as chance"
     said += "; corrected for remaining imbalance" if bias_corrected else ""
-    return Estimate(float(scale * value), float(scale * np.sqrt(variance)), *(() if survey else (float(means["treated"]), float(means["controls"]))),
+    return Estimate(float(scale * value), float(scale * np.sqrt(variance)), *(() if survey else (float(part.mean) for part in arms.values())),
                     df=k - 1.0 - stratum.max() if vcov == "clusters" else np.inf, term=estimand, vcov=said, reasons=tuple(reasons))

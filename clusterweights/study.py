@@ -610,8 +610,9 @@ def survey(cls: Study, data, *, outcome: Hashable | Sequence[Hashable], cluster:
     outcome : numeric column(s), missing for those who did not respond. responded : 0/1 column of who responded, if not read off the outcome.
     totals : the population, the target then instead of the sample; everybody in the data may have responded. Either its totals by column of `x`
     (see `names`) with its size under "N" and, under the name of the cluster column, the sizes of its clusters by label, which may be left out (N may
-    be left out instead); or a sequence with N and the totals in the order of `names`; or a data frame of its units, with the covariates and, if the sizes of clusters
-    shall be known, the cluster. totals_weights : column of that data frame with design weights: it is then a reference sample, and its totals are estimates.
+    be left out instead); or a sequence with N and the totals in the order of `names`; or a data frame of its units, with the covariates and, if the
+    sizes of clusters shall be known, the cluster. totals_weights : column of that data frame with design weights: it is then a reference sample, and
+    its totals are estimates.
     cluster, covs, sampling_weights, missing : as for `Study`; `missing` is about everything but the outcome."""
     study = cls.__new__(cls)
     study._fill(data, {} if responded is None else {"responded": responded}, cluster, _as_list(covs), outcome, sampling_weights, missing, survey=True,
@@ -624,8 +625,9 @@ def survey(cls: Study, data, *, outcome: Hashable | Sequence[Hashable], cluster:
 
 
 class Totals(NamedTuple):
-    """A survey's target from outside. mean : (d,) of the columns of x. size : units. by_cluster : (K,) units in each cluster of the study, None if not
-    known. sample : if these are estimates, the reference sample's covariates (m, d), weights (m,) and clusters (m,), −1 for those not in the study."""
+    """A survey's target from outside. mean : (d,) of the columns of x. size : units. by_cluster : (K,) units in each cluster of the study, None if
+    not known. sample : if these are estimates, the reference sample's covariates (m, d), weights (m,) and clusters (m,), −1 for those not in the
+    study."""
     mean: np.ndarray
     size: float
     by_cluster: np.ndarray | None = None
@@ -637,7 +639,8 @@ def _population(study: Study, totals, weights: Hashable | None) -> Totals:
     name, k = study.columns["cluster"], study.n_clusters
     if isinstance(totals, (list, tuple, np.ndarray)):
         if np.shape(totals) != (1 + len(study.names),):
-            raise InputError(f"A sequence of totals must hold N and the totals of {listed(study.names, most=20)}, in this order; got shape {np.shape(totals)}.")
+            raise InputError(f"A sequence of totals must hold N and the totals of {listed(study.names, most=20)}, in this order; got shape "
+                             f"{np.shape(totals)}.")
         totals = dict(zip(["N", *study.names], totals))
     if isinstance(totals, (Mapping, pd.Series)):
         if weights is not None:
@@ -718,8 +721,8 @@ def _positions(values, size: int, what: str) -> np.ndarray:
 def resample(self: Study, clusters: np.ndarray) -> Study:
     """The study of drawn clusters, each draw a cluster of its own under a fresh label (label, number of the draw).
 
-    clusters : (K',) int, 0 … K − 1, at least two, repeats allowed. Sampling weights are brought to mean 1 again; sizes of clusters in a population from
-    outside are brought to their sum. Raises `InputError` for anything else,
+    clusters : (K',) int, 0 … K − 1, at least two, repeats allowed. Sampling weights are brought to mean 1 again; sizes of clusters in a population
+    from outside to their sum. Raises `InputError` for anything else,
     `EstimationError` if the draw has no treated units or only such, or a covariate that no longer varies."""
     clusters = _positions(clusters, self.n_clusters, "clusters")
     if len(clusters) < 2:
