@@ -685,7 +685,7 @@ def _strata(study: Study, strata, fraction) -> tuple[np.ndarray, np.ndarray]:
             raise InputError(f"fraction={share!r} must be a share, at least 0 and below 1.")
     return codes, np.array(shares, dtype=float)[codes]
 
-
+# %% ../nbs/15_softcal.ipynb #8860003d
 @dataclass(frozen=True)
 class _ArmPart:
     """What an arm contributes. mean : its weighted mean. parts, sizes, within : (K,) contributions to the total ψ, shares of the target, variances

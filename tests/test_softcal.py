@@ -16,7 +16,7 @@ from scipy.optimize import lsq_linear, root
 import clusterweights as cw
 from clusterweights.core import EstimationError, InfeasibleError, InputError, SolverError
 from clusterweights.simulate import cluster_missing_data
-from clusterweights.softcal import LOSSES, logit_loss, solve_softcal
+from clusterweights.softcal import LOSSES, _of_arm, logit_loss, solve_softcal
 from clusterweights.study import cluster_sums
 
 REFERENCE = Path(__file__).parent / "reference" / "calibrate"
@@ -397,7 +397,7 @@ def population():
     cluster = np.repeat(np.arange(25), rng.integers(300, 660, 25))
     level, n = rng.normal(size=25)[cluster], len(cluster)
     frame = pd.DataFrame({"cluster": cluster, "x1": rng.uniform(-1, 1, n), "x2": rng.normal(size=n) + 0.5 * level})
-    frame["outcome"] = 2 * frame["x1"] + 2 * frame["x2"] + level + rng.normal(size=n)
+    frame["outcome"] = 5 + 2 * frame["x1"] + 2 * frame["x2"] + level + rng.normal(size=n)
     return frame, rng.random(n) < 1 / (1 + np.exp(2.2 - 0.6 * frame["x1"] - 0.5 * frame["x2"] - 0.5 * level))
 
 
@@ -431,8 +431,27 @@ def test_targets_from_outside(population):
         survey_of(sample)
     with pytest.raises(InputError, match="counts by its own units"):
         cw.softcal_weights(w.study, cluster_weight="clusters")
-    curve = cw.cross_fitted_lam(w.study, grid=(0.1, 1, 10), n_folds=3)
-    assert np.ptp(np.log10(curve.table["mse"])) < 2
+    curve, all_of_it = (cw.cross_fitted_lam(s, grid=(0.1, 1, 10), n_folds=3).table["variance"] for s in (w.study, survey_of(frame.assign(outcome=frame["outcome"].where(chosen)))))
+    assert_allclose(curve / all_of_it, 1, atol=0.3)                            # the same target, in the study
+
+
+def test_parts_of_a_study_with_a_target_from_outside(population):
+    frame, chosen = population
+    s = survey_of(frame[chosen], totals=frame.sample(500, random_state=1).assign(people=3.0), totals_weights="people")
+    kept = s.restrict(s.cluster > 3)
+    np.testing.assert_array_equal(kept.totals.by_cluster, s.totals.by_cluster[4:])
+    np.testing.assert_array_equal(kept.totals.sample[2], np.maximum(s.totals.sample[2] - 4, -1))
+    drawn = s.resample(np.r_[0, 0, np.arange(3, 25)])
+    assert_allclose(drawn.totals.by_cluster.sum(), s.totals.by_cluster.sum())
+    assert_allclose(drawn.totals.by_cluster[0] / drawn.totals.by_cluster[2], s.totals.by_cluster[0] / s.totals.by_cluster[3])
+
+
+def test_adjusted_totals_are_those_of_the_squared_loss(population):
+    frame, chosen = population
+    for s in (survey_of(frame[chosen], totals=frame, covs="x1"), survey_of(frame.assign(outcome=frame["outcome"].where(chosen)), covs="x1")):
+        squared, adjusted = (cw.softcal_weights(s, lam=20.0, **o).in_order for o in ({"loss": "squared"}, {"form": "adjusted"}))
+        assert squared[s.treat].min() > 0
+        assert_allclose(cluster_sums(adjusted, s.starts), cluster_sums(squared, s.starts), rtol=1e-8)
 
 
 @pytest.mark.parametrize("options, corrected", [({}, False), ({}, True), ({"form": "adjusted"}, False), ({"loss": "entropy"}, False), ({"estimand": "total"}, False)])
@@ -444,11 +463,12 @@ def test_totals_from_a_reference_sample(population, options, corrected):
     reference = frame[rng.random(len(frame)) < chance].assign(people=1 / chance).sample(120, random_state=1)
     reference["people"] *= len(frame) / reference["people"].sum()
 
-    def fitted(data, lam=None):
+    def fitted(data):
         s = survey_of(frame[chosen], totals=data, totals_weights="people")
-        return cw.softcal_weights(s, lam=20.0, **options)
+        return cw.softcal_weights(s, lam=lam, **options)
+    lam = 300.0 if options.get("form") == "adjusted" else 20.0
     w = fitted(reference)
-    known = cw.softcal_weights(w.study._altered(totals=w.study.totals._replace(sample=None)), lam=20.0, **options)
+    known = cw.softcal_weights(w.study._altered(totals=w.study.totals._replace(sample=None)), lam=lam, **options)
     both, one = (cw.softcal_estimate(v, vcov="sample", bias_corrected=corrected) for v in (w, known))
     assert both.estimate == one.estimate and "reference sample brings" in both.explain() and "reference" not in one.explain()
     left_out = np.array([cw.softcal_estimate(fitted(reference.drop(row)), vcov="sample", bias_corrected=corrected).estimate for row in reference.index])
@@ -460,6 +480,26 @@ def test_totals_from_a_reference_sample(population, options, corrected):
     assert "reference sample" in w.estimate().explain()
 
 
+@pytest.mark.parametrize("form", ["penalised", "adjusted"])
+def test_how_the_estimate_moves_with_the_totals(population, form):
+    "The coefficients that multiply a reference sample's totals, against differences."
+    frame, chosen = population
+    lam, reference = 20.0, frame.sample(3000, random_state=1).assign(people=4.0)
+    s = survey_of(frame[chosen], totals=reference, totals_weights="people")
+
+    def total(changes):
+        w = cw.softcal_weights(s._altered(totals=s.totals._replace(**changes)), lam=lam, form=form)
+        return w, w.in_order[s.treat] @ s.outcome[s.treat]
+    w, _ = total({})
+    part = _of_arm(w, "respondents", np.nan_to_num(s.outcome), np.zeros(25), "sample", True, False).reference
+    for g in (2, 17):
+        up, down = (s.totals.by_cluster + step * (np.arange(25) == g) for step in (1.0, -1.0))
+        assert_allclose((total({"by_cluster": up})[1] - total({"by_cluster": down})[1]) / 2, part.u[g], rtol=2e-3)
+    step = np.array([1e-3, 0.0])
+    slope = (total({"mean": s.totals.mean + step})[1] - total({"mean": s.totals.mean - step})[1]) / 2e-3 / s.totals.size
+    assert_allclose(slope, part.b[1], rtol=2e-3)
+
+
 def test_clusters_drawn_without_replacement_by_hand():
     s = survey(sampling_weights="people")
     w = cw.softcal_weights(s, lam=30.0)
@@ -467,12 +507,8 @@ def test_clusters_drawn_without_replacement_by_hand():
     whole, apart = cw.softcal_estimate(w), cw.softcal_estimate(w, strata=strata)
     sample = cw.softcal_estimate(w, vcov="sample")
     assert (whole.df, apart.df) == (29, 28) and apart.std_error != whole.std_error
-    for f in (0.25, 0.9):                                                   # weights of 1 or 2 times 0.25 are below 1: all of a cluster was taken
-        if f == 0.25:
-            expected = (1 - f) * whole.std_error**2 + f * sample.std_error**2
-            assert_allclose(cw.softcal_estimate(w, fraction=f).std_error ** 2, expected, rtol=1e-10)
-        else:                                                               # with 0.9, units of weight 2 were drawn within clusters
-            assert cw.softcal_estimate(w, fraction=f).std_error ** 2 > (1 - f) * whole.std_error**2 + f * sample.std_error**2
+    expected = 0.75 * whole.std_error**2 + 0.25 * sample.std_error**2          # weights of 1 or 2 times 0.25 are below 1: all of a cluster was taken
+    assert_allclose(cw.softcal_estimate(w, fraction=0.25).std_error ** 2, expected, rtol=1e-10)
     one = cw.softcal_estimate(w, strata=strata, fraction=0.25)
     assert_allclose(one.std_error**2, 0.75 * apart.std_error**2 + 0.25 * sample.std_error**2, rtol=1e-10)
     by = cw.softcal_estimate(w, strata=strata, fraction={"north": 0.25, "south": 0.0}).std_error
@@ -483,6 +519,35 @@ def test_clusters_drawn_without_replacement_by_hand():
                            ({"vcov": "sample", "fraction": 0.1}, "for vcov='clusters'")]:
         with pytest.raises(InputError, match=words):
             cw.softcal_estimate(w, **options)
+
+
+def test_strata_that_differ():
+    data = cluster_missing_data(7)
+    data["outcome"] += 4 * (data["cluster"] < 12)
+    w = cw.softcal_weights(survey_of(data))
+    assert cw.softcal_estimate(w, strata={g: g < 12 for g in range(30)}).std_error < 0.5 * cw.softcal_estimate(w).std_error
+
+
+def test_units_drawn_within_clusters_by_hand():
+    s = survey(sampling_weights="people", covs="x1")
+    w, f, own = cw.softcal_weights(s, lam=30.0, loss="squared"), 0.9, s.treat
+    base = s.sampling_weights[own] * s.n / s.sampling_weights[own].sum()
+    design = np.column_stack([np.ones(s.n), s.x, s.cluster[:, None] == np.arange(30)])
+    ridge = 30.0 * s.n / s.sampling_weights[own].sum() * np.diag(np.r_[0, 0, np.ones(30)])
+    fitted = design @ np.linalg.solve((design[own].T * base) @ design[own] + ridge, (design[own].T * base) @ s.outcome[own])
+    eta, total = np.where(own, np.nan_to_num(s.outcome) - fitted, 0.0), 0.0
+    chance = 1 / np.maximum(s.sampling_weights * s.weight_scale * f, 1)        # of a unit, in a cluster that was drawn
+    assert set(chance.round(6)) == {1.0, round(1 / 1.8, 6)}
+    for g in range(30):
+        mine = s.cluster == g
+        unit = (s.sampling_weights * fitted + w.in_order * eta)[mine]
+        total += (1 - chance[mine]) @ (unit - unit.mean()) ** 2 * mine.sum() / (mine.sum() - 1)
+        total += (chance * w.in_order * (w.in_order - s.sampling_weights) * eta**2)[mine].sum()
+    from clusterweights.mixed import fit_linear_mixed
+    between = fit_linear_mixed(s.x[own], s.outcome[own], np.r_[0, np.cumsum(s.n_treated)]).between
+    miss = cluster_sums(w.in_order - s.sampling_weights, s.starts)
+    expected = (1 - f) * cw.softcal_estimate(w).std_error ** 2 + f * (total + between * miss @ miss) / s.n**2
+    assert_allclose(cw.softcal_estimate(w, fraction=f).std_error ** 2, expected, rtol=1e-8)
 
 
 def test_any_outcome_model_may_correct():
