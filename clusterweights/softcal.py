@@ -475,7 +475,7 @@ def softcal_weights(study: Study, lam: float | str | Mapping[str, float] = "auto
         part = _part(study, estimand, arm.name, used, cluster_weight)
         solution = _solve(study, part, lams[arm.name], used, form, bounds, infeasible)
         if solution.status == "closest":
-            misses.append(_misses(study, part, solution, arm.name, _demanded(study, part, lams[arm.name], used, form)))
+            misses.append(_misses(study, part, solution, arm.name, _demanded(study, part, lams[arm.name], used, form), lams[arm.name] == 0))
         return solution
     params = {"lam": lams if len(lams) > 1 else next(iter(lams.values())), "estimand": estimand, "loss": loss, "form": form, "bounds": bounds,
               "infeasible": infeasible, "cluster_weight": cluster_weight}
@@ -494,8 +494,8 @@ def _demanded(study: Study, part: _Part, lam: float, loss: str, form: str) -> np
     return cluster_sums(_solve(study, part, lam, "squared", form, (-np.inf, np.inf)).weights, part.starts)
 
 
-def _misses(study: Study, part: _Part, solution: Solution, arm: str, demanded: np.ndarray | None) -> str:
-    "Which demands the closest weights miss, and how far."
+def _misses(study: Study, part: _Part, solution: Solution, arm: str, demanded: np.ndarray | None, hard: bool) -> str:
+    "Which demands the closest weights miss, and how far. hard : whether clusters without units of the arm have totals to be met, too."
     spread = study.x[part.rows].std(axis=0)
     off = (solution.weights @ study.x[part.rows] / part.total - part.mean) / np.where(spread > 0, spread, 1.0)
     said = [f"the mean of {study.names[j]!r} by {off[j]:+.2g} standard deviations" for j in np.flatnonzero(np.abs(off) > 1e-4)]
@@ -506,7 +506,7 @@ def _misses(study: Study, part: _Part, solution: Solution, arm: str, demanded: n
         if len(worst):
             said.append(f"the totals of {counted(len(worst), 'cluster')} ({listed(study.labels[part.present[worst]], most=3)}) by up to "
                         f"{np.abs(miss).max():,.3g} units")
-        if len(gone):
+        if hard and len(gone):
             said.append(f"those of {counted(len(gone), 'cluster')} without {arm} ({listed(study.labels[gone], most=3)}) altogether")
     return (f"No weights of the {arm} meet every demand. Those that come closest miss " + "; ".join(said)
             + ". The estimate speaks of the target but for that.")

@@ -378,6 +378,16 @@ def test_the_closest_weights_of_a_survey_say_what_they_miss():
                            infeasible="closest")
 
 
+def test_clusters_without_respondents_have_no_adjusted_total_to_miss():
+    s = survey_of(cluster_missing_data(1, n_clusters=2000, cluster_size=5))
+    with pytest.warns(cw.OverlapWarning, match="totals of .* clusters .* units") as caught:
+        w = cw.softcal_weights(s, lam=4.0, form="adjusted", infeasible="closest")
+    assert (s.n_treated == 0).any() and "altogether" not in str(caught[0].message)
+    assert_allclose([w.in_order.sum(), *(w.in_order @ s.x)], [s.n, *s.x.sum(axis=0)], atol=0.02)
+    with pytest.raises(InfeasibleError, match="cannot be reached"):
+        cw.softcal_weights(s, lam=4.0, form="adjusted")
+
+
 def test_lam_keeps_what_it_means_whatever_the_loss():
     "Totals of clusters move as far from the target's as with the squared loss, nearly."
     data = cluster_missing_data(3, n_clusters=40, cluster_size=60)
