@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -15,13 +16,14 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from .core import Certificate, EstimationError, InfeasibleError, InputError, SolverError, counted, listed, nearest, one_thread
+from .core import Certificate, EstimationError, InfeasibleError, InputError, OverlapWarning, SolverError
+from .core import caller_depth, counted, listed, nearest, one_thread
 from .inference import Estimate
 from .mixed import fit_linear_mixed, independent_columns
-from .outcomes import folds
+from .outcomes import Prediction, folds
 from .qp import BlockSums, Problem, Solution, closest, exact_means, exact_totals
 from .study import Study, cluster_sums
-from .weights import METHODS, WEIGHTED_ARMS, Weights, canonical_estimand, group_mask, method, target_weights, weigh
+from .weights import METHODS, WEIGHTED_ARMS, Weights, canonical_estimand, group_mask, method, predict_outcomes, target_weights, weigh
 
 # %% auto #0
 __all__ = ['LOSSES', 'Loss', 'logit_loss', 'solve_softcal', 'softcal_weights', 'LamCurve', 'cross_fitted_lam', 'softcal_estimate']
@@ -48,8 +50,8 @@ def _xlogx(w: np.ndarray) -> np.ndarray:
 LOSSES = {
     "squared": Loss(lambda w: (w - 1) ** 2 / 2, lambda w: w - 1, lambda z: z + z**2 / 2, lambda z: 1 + z, lambda w: np.ones_like(w)),
     "entropy": Loss(lambda w: _xlogx(w) - w + 1, np.log, lambda z: np.exp(z) - 1, np.exp, lambda w: w, low=0.0),
-    "empirical likelihood": Loss(lambda w: w - 1 - np.log(w), lambda w: 1 - 1 / w, lambda z: -np.log(1 - z), lambda z: 1 / (1 - z), lambda w: w**2,
-                                 low=0.0),
+    "empirical likelihood": Loss(lambda w: w - 1 - np.log(w), lambda w: 1 - 1 / w, lambda z: -np.log(1 - z),
+                                 lambda z: np.where(z < 1, 1 / (1 - z), np.inf), lambda w: w**2, low=0.0),
     "maximum entropy": Loss(lambda w: _xlogx(w - 1) - (w - 1), lambda w: np.log(w - 1), lambda z: z + np.exp(z), lambda z: 1 + np.exp(z),
                             lambda w: w - 1, low=1.0),
 }
@@ -75,44 +77,57 @@ _ROWS = 8192         # units at a time, so that products stay in the processor's
 
 
 class _Arrow:
-    """The matrix [X'vX, X'vZ; Z'vX, Z'vZ + diag κ], Z the indicators of clusters, ready to solve with.
+    """The matrix [X'vX + diag ridge, X'vZ; Z'vX, Z'vZ + κ], Z the indicators of clusters, ready to solve with.
 
-    x : (n, p). v : (n,) ≥ 0. kappa : (K,) κ, 0 to infinite."""
+    x : (n, p). v : (n,) ≥ 0. kappa : (K,) the diagonal of κ, 0 to infinite; or (K, K) κ. ridge : (p,)."""
 
-    def __init__(self, x: np.ndarray, v: np.ndarray, starts: np.ndarray, kappa: np.ndarray):
+    def __init__(self, x: np.ndarray, v: np.ndarray, starts: np.ndarray, kappa: np.ndarray, ridge: np.ndarray | float = 0.0):
         n, p = x.shape
         self.total, block = cluster_sums(v, starts), np.repeat(np.arange(len(kappa)), np.diff(starts))
         self.mean = (sparse.csr_array((v, np.arange(n), starts), shape=(len(kappa), n)) @ x) / np.where(self.total > 0, self.total, 1.0)[:, None]
-        soft = self.total + kappa
-        self.inverse = np.where(soft > 0, 1 / np.where(soft > 0, soft, 1.0), 1.0)    # all units at a bound: a step along the gradient
+        if kappa.ndim == 1:
+            soft, finite = self.total + kappa, np.isfinite(kappa)
+            inverse = np.where(soft > 0, 1 / np.where(soft > 0, soft, 1.0), 1.0)     # all units at a bound: a step along the gradient
+            left = np.where(finite, self.total * np.where(finite, kappa, 0.0) * inverse, self.total)[:, None] * self.mean
+            self.levels = functools.partial(np.multiply, inverse)
+        else:
+            from scipy.linalg import cho_factor, cho_solve
+            self.levels = functools.partial(cho_solve, cho_factor(np.diag(self.total) + kappa))
+            left = self.total[:, None] * self.levels(kappa @ self.mean)
         schur = np.zeros((p, p))
         for first in range(0, n, _ROWS):
             rows = slice(first, first + _ROWS)
             part = np.sqrt(v[rows])[:, None] * (x[rows] - self.mean[block[rows]])
             schur += part.T @ part
-        size = np.diag(schur) + self.total @ self.mean**2
-        left = np.where(np.isfinite(kappa), self.total * np.where(np.isfinite(kappa), kappa, 0.0) * self.inverse, self.total)
-        schur += (self.mean * left[:, None]).T @ self.mean
+        size = np.diag(schur) + self.total @ self.mean**2 + ridge
+        schur += left.T @ self.mean + np.diag(np.broadcast_to(ridge, p))
         scale = 1 / np.sqrt(np.where(size > 0, size, 1.0))
         self.schur = scale[:, None] * np.linalg.pinv(scale[:, None] * schur * scale, rcond=1e-13, hermitian=True) * scale
 
     def solve(self, r1: np.ndarray, r2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         "What gives (r1, r2) when multiplied by the matrix: (p,), (K,)."
-        first = self.schur @ (r1 - self.mean.T @ (self.total * self.inverse * r2))
-        return first, self.inverse * (r2 - self.total * (self.mean @ first))
+        first = self.schur @ (r1 - self.mean.T @ (self.total * self.levels(r2)))
+        return first, self.levels(r2 - self.total * (self.mean @ first))
 
 # %% ../nbs/15_softcal.ipynb #f3b2b34d
 class _Dual:
-    "G and its derivatives. x : (n, p), the intercept first, columns centred and scaled. goal : (p,). sizes, kappa : (K,). low, high : bounds of w."
+    """G and its derivatives. x : (n, p), the intercept first, columns centred and scaled. goal : (p,). sizes : (K,). kappa : (K,) or (K, K) γ D⁻¹.
+    low, high : bounds of w. ridge : (p,) as κ for the columns of x, 0 where they are exact."""
 
-    def __init__(self, loss: Loss, x, starts, goal, sizes, kappa, base, q, low: float, high: float):
+    def __init__(self, loss: Loss, x, starts, goal, sizes, kappa, base, q, low: float, high: float, ridge=0.0):
         self.loss, self.x, self.starts, self.goal, self.sizes, self.kappa = loss, x, starts, goal, sizes, kappa
-        self.d, self.q, self.low, self.high = base, q, low, high
-        self.repeats, self.free = np.diff(starts), np.isfinite(kappa)                   # an infinite κ: the cluster has no multiplier
+        self.d, self.q, self.low, self.high, self.ridge = base, q, low, high, np.broadcast_to(ridge, len(goal))
+        diagonal = kappa if kappa.ndim == 1 else np.diag(kappa)
+        self.repeats, self.free, self.hard = np.diff(starts), np.isfinite(diagonal), diagonal == 0      # an infinite κ: no multiplier
         self.clipped = low > loss.low or high < loss.high
 
+    def pull(self, c2: np.ndarray) -> np.ndarray:
+        "(K,) κ c2, by which clusters may miss their totals."
+        return self.kappa @ c2 if self.kappa.ndim == 2 else np.where(self.free, self.kappa, 0.0) * c2
+
     def weights(self, z: np.ndarray) -> np.ndarray:
-        w = self.loss.weight(self.q * z)
+        with np.errstate(over="ignore", divide="ignore"):
+            w = self.loss.weight(self.q * z)
         return np.clip(w, self.low, self.high) if self.clipped else w
 
     def value(self, z: np.ndarray, c1: np.ndarray, c2: np.ndarray) -> float:
@@ -123,32 +138,34 @@ class _Dual:
                 g = z * w - self.loss.divergence(w) / self.q
             else:
                 g = self.loss.conjugate(self.q * z) / self.q
-            found = self.d @ g - self.goal @ c1 - self.sizes @ c2 + 0.5 * (np.where(self.free, self.kappa, 0.0) * c2) @ c2
+            found = self.d @ g - self.goal @ c1 - self.sizes @ c2 + 0.5 * (self.pull(c2) @ c2 + self.ridge @ c1**2)
         return float(found) if np.isfinite(found) else np.inf
 
-    def gradient(self, w: np.ndarray, c2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def gradient(self, w: np.ndarray, c1: np.ndarray, c2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         dw = self.d * w
         sums = cluster_sums(dw, self.starts) - self.sizes
-        return self.x.T @ dw - self.goal, np.where(self.free, sums + np.where(self.free, self.kappa, 0.0) * c2, 0.0)
+        return self.x.T @ dw - self.goal + self.ridge * c1, np.where(self.free, sums + self.pull(c2), 0.0)
 
     def arrow(self, w: np.ndarray) -> _Arrow:
         v = self.d * self.q * self.loss.curvature(w)
-        return _Arrow(self.x, np.where((w > self.low) & (w < self.high), v, 0.0) if self.clipped else v, self.starts, self.kappa)
+        return _Arrow(self.x, np.where((w > self.low) & (w < self.high), v, 0.0) if self.clipped else v, self.starts, self.kappa, self.ridge)
 
     def longest(self, z: np.ndarray, dz: np.ndarray) -> float:
         "The longest step that stays inside the domain of the conjugate (only that of empirical likelihood has an edge)."
-        if self.loss is not LOSSES["empirical likelihood"]:
+        if self.loss is not LOSSES["empirical likelihood"] or self.high < np.inf:
             return 1.0
         rising = dz > 0
         return min(1.0, 0.95 * float(np.min((1 / self.q - z)[rising] / dz[rising], initial=np.inf)))
 
 
-def _newton(dual: _Dual, most: int = 100) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]:
-    "Weights w, their z, c1, c2, and the number of steps."
-    z, c1, c2 = np.zeros(len(dual.d)), np.zeros(dual.x.shape[1]), np.zeros(len(dual.sizes))
+def _newton(dual: _Dual, start: tuple[np.ndarray, np.ndarray] | None = None,
+            most: int = 100) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]:
+    "Weights w, their z, c1, c2, and the number of steps. start : (c1, c2), 0 by default."
+    c1, c2 = (np.zeros(dual.x.shape[1]), np.zeros(len(dual.sizes))) if start is None else start
+    z = dual.x @ c1 + np.repeat(c2, dual.repeats)
     w, value = dual.weights(z), dual.value(z, c1, c2)
     for step in range(most):
-        r1, r2 = dual.gradient(w, c2)
+        r1, r2 = dual.gradient(w, c1, c2)
         miss = max(np.max(np.abs(r1)), np.max(np.abs(r2))) / dual.goal[0]
         if miss < 1e-14:
             break
@@ -169,18 +186,18 @@ def _newton(dual: _Dual, most: int = 100) -> tuple[np.ndarray, np.ndarray, np.nd
 def _certificate(dual: _Dual, w: np.ndarray, c1: np.ndarray, c2: np.ndarray) -> Certificate:
     "Residuals, all relative; w : (n,) weights over base weights."
     with np.errstate(all="ignore"):
-        dw, hard = dual.d * w, dual.kappa == 0
-        r1, r2 = dual.gradient(w, c2)
+        dw, hard, exact = dual.d * w, dual.hard, dual.ridge == 0
+        r1, r2 = dual.gradient(w, c1, c2)
         one = np.abs(r1) / (np.abs(dual.x).T @ np.abs(dw) + np.abs(dual.goal))
         two = np.abs(r2) / (cluster_sums(np.abs(dw), dual.starts) + dual.sizes)
         z = dual.x @ c1 + np.repeat(c2, dual.repeats)
         off = (w - dual.weights(z)) / (1 + np.abs(w))
         divergence = dual.loss.divergence(w) / dual.q
-        miss = np.where(dual.free & ~hard, dual.kappa, 0.0) * c2
-        primal = dual.d @ divergence + 0.5 * miss @ c2
+        primal = dual.d @ divergence + 0.5 * (dual.pull(c2) @ c2 + dual.ridge @ c1**2)
         size = dual.d @ np.abs(divergence) + np.abs(dw) @ np.abs(z) + 1e-9 * np.abs(dw).sum()
         outside = max(dual.low - w.min(), w.max() - dual.high, 0.0)
-        equality, stationarity = max(one.max(), two[hard].max(initial=0.0)), max(np.abs(off).max(), two[~hard].max(initial=0.0))
+        equality = max(one[exact].max(), two[hard].max(initial=0.0))
+        stationarity = max(np.abs(off).max(), one[~exact].max(initial=0.0), two[~hard].max(initial=0.0))
         return Certificate(float(equality), float(outside), float(stationarity), float((primal + dual.value(z, c1, c2)) / size))
 
 # %% ../nbs/15_softcal.ipynb #9249d970
@@ -203,35 +220,52 @@ def _checked_loss(loss: str, bounds) -> tuple[Loss, float, float]:
     return found, low, high
 
 
-def _check_sizes(sizes: np.ndarray, own: np.ndarray, low: float, high: float, labels: Sequence, loss: str) -> None:
-    "Whether weights between low and high (times base weights that add up to `own`) can reach the totals of clusters, all (K,)."
+def _check_sizes(sizes: np.ndarray, own: np.ndarray, low: float, high: float, labels: Sequence, loss: str, complain: bool) -> bool:
+    "Whether weights between low and high (times base weights that add up to `own`) can reach the totals of clusters, all (K,); if not, complain."
     with np.errstate(invalid="ignore"):
         beyond = (sizes <= low * own) & (low > -np.inf) | (sizes >= high * own) & (high < np.inf)
-    if beyond.any():
+    if beyond.any() and complain:
         names = [labels[g] for g in np.flatnonzero(beyond)]
         raise InfeasibleError(f"The totals of {counted(len(names), 'cluster')} cannot be reached: {listed(names)}. With loss={loss!r}, weights lie "
                               f"between {low:g} and {high:g} times the base weight, which is too much or too little there. Take the penalised form "
                               "with lam > 0, which asks for less, wider bounds, or another loss.",
                               [f"total of cluster {name}" for name in names], clusters=names)
+    return not beyond.any()
+
+
+def _kappa(lam: float, relative: np.ndarray) -> np.ndarray:
+    "γ D⁻¹: (K,), or (K, K) if D is a matrix and γ neither 0 nor infinite."
+    if relative.ndim == 1:
+        return lam / relative
+    try:
+        np.linalg.cholesky(relative)
+    except np.linalg.LinAlgError:
+        raise InputError("relative_variance must be a positive definite matrix, or its diagonal.") from None
+    inverse = np.linalg.inv(relative)
+    return lam * (inverse + inverse.T) / 2 if 0 < lam < np.inf else np.full(len(relative), float(lam))
 
 # %% ../nbs/15_softcal.ipynb #42a14206
 def solve_softcal(x: np.ndarray, starts: np.ndarray, target_mean: np.ndarray, target_total: float, sizes: np.ndarray, lam: float, *,
                   loss: str = "entropy", form: str = "penalised", base: np.ndarray | None = None, precision: np.ndarray | None = None,
-                  relative_variance: np.ndarray | None = None,
-                  bounds: tuple[float, float] = (-np.inf, np.inf), names: Sequence[str] | None = None, labels: Sequence | None = None) -> Solution:
+                  relative_variance: np.ndarray | None = None, bounds: tuple[float, float] = (-np.inf, np.inf), infeasible: str = "error",
+                  names: Sequence[str] | None = None, labels: Sequence | None = None) -> Solution:
     """Weights with exact totals of covariates and, as far as it is worth it, of clusters: min Σ d Q(w) + (1/2λ) Σ_g D_g (Σ_g d w − N_g)².
 
     x : (n, d) covariates without intercept (it is added), sorted by cluster. starts : (K + 1,), cluster g is rows starts[g] to starts[g + 1] − 1,
     none empty. target_mean : (d,), target_total : of all units in the target, those of clusters without units among them. sizes : (K,) N_g ≥ 0,
     the target's size in each cluster. lam : γ = σ²_e/σ²_u ≥ 0; 0 is hard calibration, infinity ignores clusters. loss : "squared", "entropy",
     "empirical likelihood", "maximum entropy", or "logit" (needs bounds). form : "penalised" or "adjusted", the paper's totals. base : (n,) d > 0,
-    precision : (n,) q > 0, relative_variance : (K,) D > 0, all 1 by default. bounds : of w. names, labels : of covariates and clusters, for
-    messages. The solution's weights are d·w; its multipliers (c1, c2), (d + 1,) and (K,), give w = w(q z), z = c1[0] + x'c1[1:] + c2[cluster].
+    precision : (n,) q > 0, relative_variance : (K,) D > 0, all 1 by default; or (K, K) D, positive definite, if levels of clusters are correlated
+    (takes time K³). bounds : of w. infeasible : "error", or "closest" for the weights that miss the demands by the least squares where none meet them
+    (the total stays exact; `tolerance` of the solution is the largest miss of a covariate). names, labels : of covariates and clusters, for messages.
+    The solution's weights are d·w; its multipliers (c1, c2), (d + 1,) and (K,), give w = w(q z), z = c1[0] + x'c1[1:] + c2[cluster].
     Raises `InfeasibleError`, naming covariates or clusters, where no weights meet the demands. Source: Gao, Yang & Kim (2023), Eqs. 4, 6 and 7,
     with base weights."""
     begin, n, k = time.perf_counter(), len(x), len(starts) - 1
     base, q, relative = (np.ones(size) if v is None else np.asarray(v, dtype=float)
                          for v, size in ((base, n), (precision, n), (relative_variance, k)))
+    if infeasible not in ("error", "closest"):
+        raise InputError(f"Unknown infeasible={infeasible!r}." + nearest(infeasible, ["error", "closest"]))
     if not (isinstance(lam, Real) and lam >= 0):
         raise InputError(f"lam={lam!r} must be a number, 0 or more: the variance within clusters over that between.")
     if form not in ("penalised", "adjusted"):
@@ -242,31 +276,52 @@ def solve_softcal(x: np.ndarray, starts: np.ndarray, target_mean: np.ndarray, ta
     unit = x.std(axis=0)
     columns = np.column_stack([np.ones(n), (x - target_mean) / np.where(unit > 0, unit, 1.0)])
     goal = np.r_[float(target_total), np.zeros(x.shape[1])]
-    kappa = lam / relative
+    kappa = _kappa(lam, relative)
     with one_thread():
         if form == "adjusted" and loss != "squared" and np.isfinite(lam):
             plain = _Dual(LOSSES["squared"], columns, starts, goal, sizes, kappa, base, q, -np.inf, np.inf)
             sizes, kappa = cluster_sums(base * _newton(plain)[0], starts), np.zeros(k)
-        if not kappa.any():
-            _check_sizes(sizes, cluster_sums(base, starts), low, high, labels, loss)
+        reachable = kappa.any() or _check_sizes(sizes, cluster_sums(base, starts), low, high, labels, loss, infeasible == "error")
         dual = _Dual(found, columns, starts, goal, sizes, kappa, base, q, low, high)
-        w, z, c1, c2, steps = _newton(dual)
-        certificate = _certificate(dual, w, c1, c2)
+        w, z, c1, c2, steps = _newton(dual) if reachable else (None,) * 5
+        certificate = _certificate(dual, w, c1, c2) if reachable else None
+        if infeasible == "closest" and not (reachable and certificate.ok):
+            dual, w, z, c1, c2, steps = _closest(dual)
+            certificate = _certificate(dual, w, c1, c2)
         value = -dual.value(z, c1, c2)                                  # no gap: the certificate says so
     slopes = c1[1:] / np.where(unit > 0, unit, 1.0)
     multipliers = np.r_[c1[0] - slopes @ target_mean, slopes], c2
-    status = "optimal" if certificate.ok else "not solved"
-    solution = Solution(base * w, multipliers, certificate, "Newton on the dual", status, steps, 0, value, time.perf_counter() - begin)
+    loose = np.abs(columns[:, 1:].T @ (base * w)).max(initial=0.0) / target_total if dual.ridge.any() else 0.0
+    status = ("closest" if dual.ridge.any() else "optimal") if certificate.ok else "not solved"
+    solution = Solution(base * w, multipliers, certificate, "Newton on the dual", status, steps, 0, value, time.perf_counter() - begin, float(loose))
     if not certificate.ok:
         raise _explained(dual, solution, target_total, unit, names, labels)
     return solution
+
+
+def _closest(dual: _Dual) -> tuple:
+    """A dual with a vanishing ridge on all demands but the overall total, and its solution: the weights inside the bounds with least squared misses.
+
+    The ridge shrinks step by step, each starting from the last."""
+    total, start = dual.goal[0], None
+    own = dual.d.sum()
+    if not (dual.low * own < total < dual.high * own):
+        raise InfeasibleError(f"Weights between {dual.low:g} and {dual.high:g} times base weights, which add up to {own:,.6g}, cannot add up to the "
+                              f"target's {total:,.6g}, so that there is nothing to come close to. Take another loss or other bounds.", ["total"])
+    for strength in 10.0 ** -np.arange(7):
+        ridge = strength * total * np.r_[0.0, np.ones(dual.x.shape[1] - 1)]
+        kappa = np.full(len(dual.sizes), strength * total / len(dual.sizes)) if dual.hard.all() else dual.kappa
+        near = _Dual(dual.loss, dual.x, dual.starts, dual.goal, dual.sizes, kappa, dual.d, dual.q, dual.low, dual.high, ridge)
+        w, z, c1, c2, steps = _newton(near, start)
+        start = c1, c2
+    return near, w, z, c1, c2, steps
 
 
 def _explained(dual: _Dual, solution: Solution, total: float, unit: np.ndarray, names, labels) -> Exception:
     "Why there is no solution: the linear programme that looks for the closest weights says which demands are in conflict."
     n, whole = len(dual.d), np.array([0, len(dual.d)])
     hard = not dual.kappa.any()
-    totals = exact_totals(dual.starts, dual.sizes, labels) if hard else exact_totals(whole, np.array([float(total)]), ["all"])
+    totals = exact_totals(dual.starts, dual.sizes, labels) if hard else exact_totals(whole, np.array([float(total)]), ["total"])
     names = [f"x{j + 1}" for j in range(len(unit))] if names is None else names
     means = exact_means(dual.x[:, 1:], np.zeros((1, len(unit))), np.array([float(total)]), names=names, spread=np.ones(len(unit)))
     nothing = BlockSums(np.zeros((n, 1)), whole, np.ones(1)), np.zeros((1, 1))
@@ -280,23 +335,29 @@ def _explained(dual: _Dual, solution: Solution, total: float, unit: np.ndarray, 
         return InfeasibleError(f"No {within} reach the target for {listed(found.names)}{also} The closest leave a difference of "
                                f"{found.distance:.2g} standard deviations. Fewer or coarser covariates may do.",
                                found.names, found.distance, found.weights, found.direction)
-    return SolverError(f"Weights that meet the demands exist, or nearly so, but none with every weight inside the domain was found ({solution}). "
-                       "The target may lie on the edge of what is possible: use fewer covariates, a larger lam, or the squared loss.", solution)
+    away = np.abs(solution.multipliers[0][1:] * unit)
+    where = listed(name for name, far in zip(names, away) if far > 0.1 * away.max())
+    shown_by = f", as the multipliers of {where} show" if where else ""
+    return SolverError("Weights that meet the demands exist, or nearly so, but none with every weight inside the domain was found "
+                       f"({solution}). The target lies on the edge of what is possible{shown_by}: use fewer covariates, a larger lam, or the squared "
+                       "loss.", solution)
 
 # %% ../nbs/15_softcal.ipynb #856fd314
 @dataclass(frozen=True)
 class _Part:
-    """An arm of a study. rows : (m,) its positions. starts : (K' + 1,), present : (K',) clusters that have such units. target : (n,) weights of target
-    units. mean : (d,), total : of the target. sizes : (K,) the target's size by cluster. base : (m,) base weights, scaled. scale : by how much."""
+    """An arm of a study. rows : (m,) its positions. starts : (K' + 1,), present : (K',) clusters with such units. target : (n,) weights of target
+    units, 0 if the target comes from outside. mean : (d,), total : of the target. sizes : (K,) the target's size by cluster, None if not known.
+    base : (m,) base weights, scaled. scale : by how much. per_lam : what γ is multiplied with."""
     rows: np.ndarray
     starts: np.ndarray
     present: np.ndarray
     target: np.ndarray
     mean: np.ndarray
     total: float
-    sizes: np.ndarray
+    sizes: np.ndarray | None
     base: np.ndarray
     scale: float
+    per_lam: float
 
 
 def _part(study: Study, estimand: str, name: str, loss: str, cluster_weight: str, among: np.ndarray | None = None) -> _Part:
@@ -304,21 +365,36 @@ def _part(study: Study, estimand: str, name: str, loss: str, cluster_weight: str
     target, own = target_weights(study, group_mask(study, WEIGHTED_ARMS[estimand][name]), cluster_weight), group_mask(study, name)
     if among is not None:
         target, own = np.where(among, target, 0.0), own & among
-    rows, total = np.flatnonzero(own), float(target.sum())
+    rows = np.flatnonzero(own)
     present, block = np.unique(study.cluster[rows], return_inverse=True)
-    scale = 1.0 if loss == "maximum entropy" else total / study.sampling_weights[rows].sum()
-    starts, sizes = np.searchsorted(block, np.arange(len(present) + 1)), cluster_sums(target, study.starts)
-    return _Part(rows, starts, present, target, target @ study.x / total, total, sizes, scale * study.sampling_weights[rows], scale)
+    starts = np.searchsorted(block, np.arange(len(present) + 1))
+    inverse, base = loss == "maximum entropy", study.sampling_weights[rows]
+    if study.totals is None:
+        total, sizes = float(target.sum()), cluster_sums(target, study.starts)
+        mean, base, scale = target @ study.x / total, target[rows] if inverse else base, 1.0
+    else:
+        share = base.sum() / study.sampling_weights[group_mask(study, name)].sum()
+        mean, total, scale, target = study.totals.mean, share * study.totals.size, study.weight_scale, np.zeros(study.n)
+        sizes = None if study.totals.by_cluster is None else share * study.totals.by_cluster
+    scale = scale if inverse else total / base.sum()
+    per_lam = max(total / base.sum() - scale, 1e-9 * scale) if inverse else scale
+    return _Part(rows, starts, present, target, mean, total, sizes, scale * base, scale, per_lam)
 
 
-def _solve(study: Study, part: _Part, lam: float, loss: str, form: str, bounds) -> Solution:
-    gone = np.setdiff1d(np.flatnonzero(part.sizes > 0), part.present)
-    if lam == 0 and len(gone):
+def _solve(study: Study, part: _Part, lam: float, loss: str, form: str, bounds, infeasible: str = "error") -> Solution:
+    if part.sizes is None and lam < np.inf:
+        raise EstimationError("The totals do not say how large each cluster should become. Give sizes under "
+                              f"{study.columns['cluster']!r} as part of totals, or a data frame with that column; or ignore clusters, with "
+                              "lam=float('inf') or balancing_weights.")
+    sizes = np.zeros(study.n_clusters) if part.sizes is None else part.sizes
+    gone = np.setdiff1d(np.flatnonzero(sizes > 0), part.present)
+    if lam == 0 and len(gone) and infeasible == "error":
         raise InfeasibleError(f"lam=0 asks for the exact total of every cluster, but {counted(len(gone), 'cluster')} ({listed(study.labels[gone])}) "
-                              f"with {part.sizes[gone].sum():,.4g} target units have nobody to be weighted. With lam > 0 others stand in for them.",
-                              clusters=list(study.labels[gone]))
-    return solve_softcal(study.x[part.rows], part.starts, part.mean, part.total, part.sizes[part.present], lam * part.scale, loss=loss, form=form,
-                         base=part.base, bounds=bounds, names=study.names, labels=study.labels[part.present])
+                              f"with {sizes[gone].sum():,.4g} target units have nobody to be weighted. With lam > 0 others stand in for them.",
+                              [f"total of cluster {study.labels[g]}" for g in gone], clusters=list(study.labels[gone]))
+    scale = part.scale if form == "adjusted" else part.per_lam            # there the squared loss shrinks, whose curvature is 1
+    return solve_softcal(study.x[part.rows], part.starts, part.mean, part.total, sizes[part.present], lam * scale, loss=loss, form=form,
+                         base=part.base, bounds=bounds, infeasible=infeasible, names=study.names, labels=study.labels[part.present])
 
 
 def _mixed(study: Study, part: _Part, y: np.ndarray):
@@ -360,41 +436,80 @@ def _lams(study: Study, lam, options: Mapping) -> dict[str, float]:
                      "clusters, large ones ignore them.")
 
 
-def _check_use(study: Study, estimand: str, loss: str) -> None:
-    if study.totals is not None:
-        raise EstimationError("Population totals have no clusters, so nothing says how large each cluster should become. Use balancing_weights, or "
-                              "solve_softcal with the sizes of clusters.")
-    if loss == "maximum entropy" and estimand in ("ATT", "ATC"):
+def _own_loss(loss: str | None, estimand: str) -> str:
+    "The loss asked for; by default the one whose weights are of the estimand's kind."
+    odds = estimand in ("ATT", "ATC")
+    if loss == "maximum entropy" and odds:
         raise InputError(f"loss='maximum entropy' makes every weight larger than 1, as inverse probabilities are; the weights for the {estimand} are "
-                         "odds, which may be below 1. Use 'entropy'.")
+                         "odds, which may be below 1. Use 'entropy', the default there.")
+    return ("entropy" if odds else "maximum entropy") if loss is None else loss
 
 
 @method("softcal", "Soft calibration", outcome_model="covariates and clusters",
         source="Gao, C., Yang, S. & Kim, J. K. (2023). Soft calibration for selection bias problems under mixed-effects models. "
                "Biometrika 110, 897–911.")
-def softcal_weights(study: Study, lam: float | str | Mapping[str, float] = "auto", *, estimand: str | None = None, loss: str = "entropy",
-                    form: str = "penalised", bounds: tuple[float, float] = (0, np.inf), cluster_weight: str = "units") -> Weights:
+def softcal_weights(study: Study, lam: float | str | Mapping[str, float] = "auto", *, estimand: str | None = None, loss: str | None = None,
+                    form: str = "penalised", bounds: tuple[float, float] = (0, np.inf), infeasible: str = "error",
+                    cluster_weight: str = "units") -> Weights:
     """Units weighted to their target with covariates balanced exactly and the totals of clusters approximately.
 
     lam : γ, the variance of the outcome within clusters over that between; "auto": estimated by REML among the units weighted; "cross-fitted":
     the best on `cross_fitted_lam`'s grid; 0: exact totals; infinity: clusters ignored; or a number for each weighted arm. estimand : "ATT"
-    (default), "ATC", "ATE"; in a survey "mean" (default) or "total" (respondents to the full sample). loss : "entropy" (default), "squared",
-    "empirical likelihood", "logit" (with bounds), or "maximum entropy" (weights above 1; not for the ATT and ATC). form : "penalised" (default)
-    or "adjusted", the paper's. bounds : of weights, not below 0, as multiples of the base weight scaled to the target's total (maximum entropy:
-    of the sampling weight); with the squared loss the default truncates at 0. cluster_weight : "units" or "clusters", whether each target unit or
-    each cluster counts the same.
+    (default), "ATC", "ATE"; in a survey "mean" (default) or "total" (respondents to the full sample, or to the population of `Study.survey`'s totals,
+    which must say how large clusters are). loss : "maximum entropy" (weights above 1, as inverse probabilities; default but for the ATT and ATC),
+    "entropy" (default for these), "squared", "empirical likelihood", or "logit" (with bounds). form : "penalised" (default) or "adjusted".
+    bounds : of weights, not below 0, as multiples of the base weight scaled to the target's total (maximum entropy: of the sampling weight); with the
+    squared loss the default truncates at 0. infeasible : "error" (default), or "closest" for the weights that miss the demands by the least squares,
+    with a warning that says which and how far. cluster_weight : "units" or "clusters", whether each target unit or each cluster counts the same.
 
     Clusters without units to be weighted stay in the target: others stand in for them, which takes a model without a level for each cluster of
     its own. Raises `InfeasibleError`, naming covariates or clusters, if no weights meet the demands. Source: Gao, Yang & Kim (2023), Eqs. 4, 6, 7
     and 10 to 12."""
-    _check_use(study, estimand, loss)
-    lams = _lams(study, lam, {"estimand": estimand, "loss": loss, "form": form, "bounds": bounds, "cluster_weight": cluster_weight})
+    used = _own_loss(loss, estimand)
+    if study.totals is not None and cluster_weight != "units":
+        raise InputError(f"cluster_weight={cluster_weight!r} is for targets within the study; a population from outside counts by its own units.")
+    lams = _lams(study, lam, {"estimand": estimand, "loss": used, "form": form, "bounds": bounds, "cluster_weight": cluster_weight})
+    misses = []
 
     def one_arm(arm):
-        return _solve(study, _part(study, estimand, arm.name, loss, cluster_weight), lams[arm.name], loss, form, bounds)
+        part = _part(study, estimand, arm.name, used, cluster_weight)
+        solution = _solve(study, part, lams[arm.name], used, form, bounds, infeasible)
+        if solution.status == "closest":
+            misses.append(_misses(study, part, solution, arm.name, _demanded(study, part, lams[arm.name], used, form), lams[arm.name] == 0))
+        return solution
     params = {"lam": lams if len(lams) > 1 else next(iter(lams.values())), "estimand": estimand, "loss": loss, "form": form, "bounds": bounds,
-              "cluster_weight": cluster_weight}
-    return weigh(study, "softcal", one_arm, params, within=False)
+              "infeasible": infeasible, "cluster_weight": cluster_weight}
+    weights = weigh(study, "softcal", one_arm, params, within=False, facts={"loss": used})
+    for text in misses:
+        warnings.warn(OverlapWarning(text), stacklevel=caller_depth())
+    return weights
+
+
+def _demanded(study: Study, part: _Part, lam: float, loss: str, form: str) -> np.ndarray | None:
+    "(K',) the totals that clusters with units must have, None if they need have none."
+    if lam == 0:
+        return part.sizes[part.present]
+    if form == "penalised" or loss == "squared" or lam == np.inf:
+        return None
+    return cluster_sums(_solve(study, part, lam, "squared", form, (-np.inf, np.inf)).weights, part.starts)
+
+
+def _misses(study: Study, part: _Part, solution: Solution, arm: str, demanded: np.ndarray | None, hard: bool) -> str:
+    "Which demands the closest weights miss, and how far. hard : whether clusters without units of the arm have totals to be met, too."
+    spread = study.x[part.rows].std(axis=0)
+    off = (solution.weights @ study.x[part.rows] / part.total - part.mean) / np.where(spread > 0, spread, 1.0)
+    said = [f"the mean of {study.names[j]!r} by {off[j]:+.2g} standard deviations" for j in np.flatnonzero(np.abs(off) > 1e-4)]
+    if demanded is not None:
+        miss = cluster_sums(solution.weights, part.starts) - demanded
+        worst = np.argsort(-np.abs(miss), kind="stable")[:(np.abs(miss) > 1e-4 * demanded.mean()).sum()]
+        gone = np.setdiff1d(np.flatnonzero(part.sizes > 0), part.present)
+        if len(worst):
+            said.append(f"the totals of {counted(len(worst), 'cluster')} ({listed(study.labels[part.present[worst]], most=3)}) by up to "
+                        f"{np.abs(miss).max():,.3g} units")
+        if hard and len(gone):
+            said.append(f"those of {counted(len(gone), 'cluster')} without {arm} ({listed(study.labels[gone], most=3)}) altogether")
+    return (f"No weights of the {arm} meet every demand. Those that come closest miss " + "; ".join(said)
+            + ". The estimate speaks of the target but for that.")
 
 # %% ../nbs/15_softcal.ipynb #54e5b21e
 def _levels(part: _Part, w: np.ndarray, y: np.ndarray, x: np.ndarray, loss: Loss, lam: float, clusters: int) -> tuple[np.ndarray, np.ndarray]:
@@ -403,7 +518,7 @@ def _levels(part: _Part, w: np.ndarray, y: np.ndarray, x: np.ndarray, loss: Loss
     w : (m,) weights over base weights. y : (m,). x : (m, d)."""
     v = part.base * loss.curvature(w)
     columns = np.column_stack([np.ones(len(x)), x - part.mean])
-    arrow = _Arrow(columns, v, part.starts, np.full(len(part.present), lam * part.scale))
+    arrow = _Arrow(columns, v, part.starts, np.full(len(part.present), lam * part.per_lam))
     b, u = arrow.solve(columns.T @ (v * y), cluster_sums(v * y, part.starts))
     levels = np.zeros(clusters)
     levels[part.present] = u
@@ -430,7 +545,7 @@ class LamCurve:
             ax.plot(self.best[arm], own["mse"].min(), "o", color="black", markerfacecolor="white", markersize=9)
             ax.axvline(self.root[arm], color="grey", linestyle=":", linewidth=1)
         ax.set(xscale="log", xlabel="γ (dotted: √(n/q))", ylabel="cross-fitted mean squared error")
-        ax.legend(fontsize="small", frameon=False)
+        ax.legend(fontsize="small", frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
         ax.spines[["top", "right"]].set_visible(False)
         return ax
 
@@ -446,14 +561,14 @@ def _fold_errors(study: Study, part: Callable, fold: np.ndarray, k: int, lam: fl
     x, y, count = study.x[held.rows], study.outcome[held.rows], fold.max() + 1
     z = c1[0] + x @ c1[1:] + level[study.cluster[held.rows]]
     w = np.clip(loss.weight(np.minimum(z, 0.99) if options["loss"] == "empirical likelihood" else z), low, high)
-    weight = w * rest.scale * study.sampling_weights[held.rows]
+    weight = w * held.base * (rest.scale / held.scale)
     b, u = _levels(rest, solution.weights / rest.base, study.outcome[rest.rows], study.x[rest.rows], loss, lam, study.n_clusters)
     fixed = y - b[0] - x @ b[1:]
     eta = fixed - u[study.cluster[held.rows]]
     return (count / whole * weight @ (y - center)) ** 2, (count / whole) ** 2 * (weight**2 @ eta**2 + weight @ fixed**2)
 
 
-def cross_fitted_lam(study: Study, *, estimand: str | None = None, loss: str = "entropy", form: str = "penalised",
+def cross_fitted_lam(study: Study, *, estimand: str | None = None, loss: str | None = None, form: str = "penalised",
                      bounds: tuple[float, float] = (0, np.inf), cluster_weight: str = "units",
                      grid: Sequence[float] = tuple(10.0 ** np.arange(-5, 6)), n_folds: int = 5, seed: int | np.random.Generator = 0) -> LamCurve:
     """The cross-fitted mean squared error of soft calibration over γ* × grid, γ* the REML ratio (the arm's size, if that is infinite).
@@ -464,7 +579,7 @@ def cross_fitted_lam(study: Study, *, estimand: str | None = None, loss: str = "
     if not (isinstance(n_folds, Integral) and n_folds >= 2):
         raise InputError(f"n_folds={n_folds!r} must be a whole number, 2 or more.")
     estimand = canonical_estimand(estimand, METHODS["softcal"], study)
-    _check_use(study, estimand, loss)
+    loss = _own_loss(loss, estimand)
     options, rows, start, best, root = {"loss": loss, "form": form, "bounds": bounds}, [], {}, {}, {}
     fold = folds(study.cluster, True, n_folds, seed)
     for name in WEIGHTED_ARMS[estimand]:
@@ -487,89 +602,189 @@ def cross_fitted_lam(study: Study, *, estimand: str | None = None, loss: str = "
     return LamCurve(pd.DataFrame(rows), start, best, root)
 
 # %% ../nbs/15_softcal.ipynb #a2d16373
-def _first_order(study: Study, part: _Part, in_order: np.ndarray, y: np.ndarray, lam: float, loss: Loss,
-                 printed: bool) -> tuple[np.ndarray, np.ndarray]:
-    "Contributions ψ (K,) and residuals η (n,) of one weighted arm. printed : Corollary 1 as published."
-    n, k, own = study.n, study.n_clusters, np.zeros(study.n, dtype=bool)
-    own[part.rows] = True
-    w, x = in_order[part.rows] / part.base, study.x[part.rows]
-    b, u = _levels(part, w, y[part.rows], x, loss, 0.0 if printed else lam, k)
-    fixed = b[0] + study.x @ b[1:]
-    eta = np.where(own, y - fixed - u[study.cluster], 0.0)
-    goal, rest = fixed, np.where(own, y - fixed, 0.0)
-    if printed:
-        kappa = np.full(len(part.present), min(lam * part.scale, 1e12))      # the limit, where γ is infinite
-        arrow = _Arrow(np.column_stack([np.ones(len(x)), x - part.mean]), part.base, part.starts, kappa)
-        slopes, moved = arrow.solve(np.zeros(len(b)), kappa * u[part.present])
-        shift = np.zeros(k)
-        shift[part.present] = moved
-        goal, rest = fixed + (u - shift)[study.cluster] - slopes[0] - (study.x - part.mean) @ slopes[1:], eta
-    return cluster_sums(part.target * goal + np.where(own, in_order, 0.0) * rest, study.starts), eta
+@dataclass(frozen=True)
+class _Fit:
+    "What an outcome model says: intercept and slopes b (d + 1,), levels u (K,), predictions for the units (n,), the variance between clusters."
+    b: np.ndarray
+    u: np.ndarray
+    fitted: np.ndarray
+    between: float = 0.0
 
 
-def _blup(study: Study, part: _Part, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    "Predictions μ̂ (n,) and levels û (K,) by REML among the arm's units, and the variance between clusters."
+def _fit(study: Study, b: np.ndarray, u: np.ndarray, between: float = 0.0) -> _Fit:
+    return _Fit(b, u, b[0] + study.x @ b[1:] + u[study.cluster], between)
+
+
+def _blup(study: Study, part: _Part, y: np.ndarray) -> _Fit:
+    "Best linear unbiased prediction by REML among the arm's units."
     fit, columns = _mixed(study, part, y)
-    levels = np.zeros(study.n_clusters)
-    levels[part.present] = fit.effects
-    return fit.coef[0] + study.x[:, columns] @ fit.coef[1:] + levels[study.cluster], levels, fit.between
+    b, u = np.zeros(study.x.shape[1] + 1), np.zeros(study.n_clusters)
+    b[np.r_[0, 1 + columns]], u[part.present] = fit.coef, fit.effects
+    return _fit(study, b, u, fit.between)
+
+
+def _printed(study: Study, part: _Part, w: np.ndarray, y: np.ndarray, lam: float, loss: Loss) -> tuple[_Fit, _Fit]:
+    """The unpenalised regression B of Corollary 1, and B applied to what adjusted totals depend on: x_SC, as a fit.
+
+    w : (m,) weights over base weights. y : (n,)."""
+    x = study.x[part.rows]
+    b, u = _levels(part, w, y[part.rows], x, loss, 0.0, study.n_clusters)
+    kappa = np.full(len(part.present), min(lam * part.scale, 1e12))      # the limit, where γ is infinite
+    arrow = _Arrow(np.column_stack([np.ones(len(x)), x - part.mean]), part.base, part.starts, kappa)
+    slopes, moved = arrow.solve(np.zeros(len(b)), kappa * u[part.present])
+    shift = np.zeros(study.n_clusters)
+    shift[part.present] = moved
+    return _fit(study, b, u), _fit(study, b - np.r_[slopes[0] - slopes[1:] @ part.mean, slopes[1:]], u - shift)
+
+
+def _within_variance(study: Study, w: np.ndarray, eta: np.ndarray, units: np.ndarray, drawn: np.ndarray, vcov: str) -> np.ndarray:
+    """(K,) the variance of each cluster's part of a total, given the sample (vcov "sample") or given that the cluster was drawn (vcov "clusters").
+
+    w, eta, units : (n,) weights, residuals and the units' parts. drawn : (K,) the share of clusters drawn."""
+    share = drawn[study.cluster]
+    if study.totals is not None:
+        certain = 1.0 if vcov == "sample" else np.minimum(w, 1 / np.maximum(share, 1e-300))
+        return cluster_sums(w * (w - certain) * eta**2, study.starts)
+    inner = 1 / np.maximum(study.sampling_weights * study.weight_scale * share, 1.0) if vcov == "clusters" else np.ones(study.n)
+    size = np.diff(study.starts)
+    spread = units - (cluster_sums(units, study.starts) / size)[study.cluster]
+    drawing = (1 - inner) * (size / np.maximum(size - 1, 1))[study.cluster] * spread**2
+    return cluster_sums(drawing + inner * w * (w - study.sampling_weights) * eta**2, study.starts)
+
+
+def _reference_variance(study: Study, fit: _Fit, value: float) -> float:
+    "The variance that the reference sample's totals bring to a mean: units drawn one by one. value : subtracted, the mean; 0 for a total."
+    x, s, cluster = study.totals.sample
+    z = s * (fit.b[0] + x @ fit.b[1:] + np.where(cluster >= 0, fit.u[cluster], 0.0) - value)
+    return float(len(z) / (len(z) - 1) * ((z - z.mean()) ** 2).sum() / study.totals.size**2)
 
 # %% ../nbs/15_softcal.ipynb #a84fe811
-def softcal_estimate(weights: Weights, outcome=None, *, vcov: str = "clusters", bias_corrected: bool = False, fraction: float = 0.0,
-                     penalised: bool = True) -> Estimate:
-    """The mean, total or effect under soft calibration weights, with a standard error that knows their penalty.
+def _strata(study: Study, strata, fraction) -> tuple[np.ndarray, np.ndarray]:
+    "(K,) number of each cluster's stratum, and (K,) the share of the stratum's clusters that was drawn."
+    if strata is None:
+        codes, names = np.zeros(study.n_clusters, dtype=int), ["all"]
+    else:
+        if not isinstance(strata, (Mapping, pd.Series)):
+            raise InputError(f"strata must give each cluster's stratum by the cluster's label, not be of type {type(strata).__name__}.")
+        strata = dict(strata)
+        lacking = [label for label in study.labels if label not in strata]
+        if lacking:
+            raise InputError(f"strata say nothing of {counted(len(lacking), 'cluster')}: {listed(lacking)}.")
+        codes, names = pd.factorize(pd.Series([strata[label] for label in study.labels], dtype=object))
+        alone = [names[h] for h in np.flatnonzero(np.bincount(codes) == 1)]
+        if alone:
+            raise InputError(f"Strata with a single cluster: {listed(alone)}. Nothing tells how clusters differ there; join each to another stratum.")
+    if isinstance(fraction, (Mapping, pd.Series)):
+        if strata is None or set(dict(fraction)) != set(names):
+            raise InputError(f"fraction holds shares of {listed(dict(fraction))}; strata are {listed(names)}.")
+        shares = [dict(fraction)[name] for name in names]
+    else:
+        shares = [fraction] * len(names)
+    for share in shares:
+        if not (_number(share) and share < 1):
+            raise InputError(f"fraction={share!r} must be a share, at least 0 and below 1.")
+    return codes, np.array(shares, dtype=float)[codes]
 
-    outcome : the name of one of the study's outcomes; default: the first. vcov : "clusters" (clusters were drawn) or "sample" (of a survey; only
-    responding is chance). bias_corrected : subtract the imbalance of clusters times their predicted levels (BLUP by REML). fraction : the share
-    of all clusters that was drawn, if without replacement; 0 for with replacement or few of many. penalised : False for Corollary 1 as published,
-    which covers too rarely; for comparison. `explain()` of the result reports γ, √(n/q) and the bias term. Raises `InputError` for weights of
-    other methods. Source: Gao, Yang & Kim (2023), Theorem 2 and Corollary 1, changed as said in the chapter."""
-    study, estimand, params = weights.study, weights.estimand, weights.params
+# %% ../nbs/15_softcal.ipynb #8860003d
+@dataclass(frozen=True)
+class _ArmPart:
+    """What an arm contributes. mean : its weighted mean. parts, sizes, within : (K,) contributions to the total ψ, shares of the target, variances
+    within clusters over the squared total. total : of the target. reference : what predicts units of a reference sample. reason : for `explain`."""
+    mean: float
+    parts: np.ndarray
+    sizes: np.ndarray
+    total: float
+    within: np.ndarray | float = 0.0
+    reference: _Fit | None = None
+    reason: str = ""
+
+
+def _of_arm(weights: Weights, arm: str, y: np.ndarray, drawn: np.ndarray, vcov: str, penalised: bool, model: Prediction | None | bool) -> _ArmPart:
+    "The contribution of one arm. y : (n,). drawn : (K,). model : the outcome model to correct with, None for the mixed model, False for none."
+    study, estimand, params, own = weights.study, weights.estimand, weights.params, group_mask(weights.study, arm)
+    w, used = np.where(own, weights.in_order, 0.0), _own_loss(params["loss"], estimand)
+    if arm not in WEIGHTED_ARMS[estimand]:                              # an arm that is its own target
+        return _ArmPart(w @ y / w.sum(), cluster_sums(w * y, study.starts), cluster_sums(w, study.starts), w.sum())
+    part = _part(study, estimand, arm, used, params["cluster_weight"])
+    lam = params["lam"][arm] if isinstance(params["lam"], dict) else params["lam"]
+    loss, over = _checked_loss(used, params["bounds"])[0], weights.in_order[part.rows] / part.base
+    fit = _fit(study, *_levels(part, over, y[part.rows], study.x[part.rows], loss, lam, study.n_clusters))
+    adjusted = params["form"] == "adjusted" and used != "squared"
+    printed, moved = (fit, fit) if penalised and not adjusted else _printed(study, part, over, y, lam, loss)
+    eta, level = np.where(own, y - (fit if penalised else printed).fitted, 0.0), fit.u[study.cluster]
+    blup, miss = _blup(study, part, y), np.zeros(study.n_clusters) if part.sizes is None else cluster_sums(w, study.starts) - part.sizes
+    term = bias = miss @ blup.u / part.total
+    if model is False:
+        goal, rest, bias = (fit.fitted - level, eta + level, 0.0) if penalised else (moved.fitted, eta, 0.0)
+    elif model is None:
+        goal, rest = blup.fitted, y - blup.fitted
+    else:
+        goal, rest, bias = model.fitted, y - model.left_out, (w - part.target) @ model.fitted / part.total
+    chance = _within_variance(study, w, eta, part.target * fit.fitted + w * eta, drawn, vcov)
+    reason = (f"{arm}: γ = {lam:.4g}; √(n/q) = {np.sqrt(len(part.rows) / len(part.present)):.3g}; imbalance of clusters times their predicted levels "
+              f"{term:.3g}" + ("." if model is False else ", subtracted." if model is None else f"; predicted bias {bias:.3g}, subtracted."))
+    return _ArmPart(w @ y / part.total - bias, cluster_sums(part.target * goal + w * rest, study.starts),
+                    np.zeros(study.n_clusters) if part.sizes is None else part.sizes, part.total,
+                    (chance + blup.between * miss**2) / part.total**2, (moved if adjusted else fit) if model is False else blup, reason)
+
+# %% ../nbs/15_softcal.ipynb #c79d6a05
+def _check_estimate(weights: Weights, vcov: str, bias_corrected: bool, outcome_model, strata, fraction, penalised: bool) -> None:
+    outside = weights.study.totals is not None
     if weights.method != "softcal":
         raise InputError(f"softcal_estimate is for soft calibration weights; those of {weights.label!r} have .estimate().")
     if vcov not in ("clusters", "sample"):
         raise InputError(f"Unknown vcov {vcov!r}." + nearest(vcov, ["clusters", "sample"]))
-    survey = study.level == "survey"
-    if vcov == "sample" and not survey:
+    if vcov == "sample" and weights.study.level != "survey":
         raise InputError("vcov='sample' is for surveys; for the effect on the units at hand use .estimate().")
-    if not (_number(fraction) and fraction < 1):
-        raise InputError(f"fraction={fraction!r} must be a share, at least 0 and below 1.")
+    if vcov == "sample" and (strata is not None or fraction != 0):
+        raise InputError("strata and fraction say how clusters were drawn: they are for vcov='clusters'.")
     if not penalised and bias_corrected:
         raise InputError("penalised=False is for the estimate without correction.")
+    if outcome_model is not None and (outside or not bias_corrected):
+        raise InputError("outcome_model is for bias_corrected=True" + (
+            ", and predicts units of the study only, not a population from outside." if outside else "."))
+
+
+def softcal_estimate(weights: Weights, outcome=None, *, vcov: str = "clusters", bias_corrected: bool = False, outcome_model=None,
+                     strata: Mapping | None = None, fraction: float | Mapping = 0.0, penalised: bool = True) -> Estimate:
+    """The mean, total or effect under soft calibration weights, with a standard error that knows their penalty.
+
+    outcome : the name of one of the study's outcomes; default: the first. vcov : "clusters" (clusters were drawn) or "sample" (of a survey; only
+    responding is chance, or of a population from outside, only being in the sample). bias_corrected : subtract what a model predicts of the
+    imbalance that is left: BLUP by REML, or outcome_model as in `Weights.estimate` (not with a population from outside). strata : the stratum of
+    each cluster by its label, if clusters were drawn within strata. fraction : the share of clusters that was drawn without replacement, in all or
+    by stratum; 0 for with replacement or few of many. penalised : False for Corollary 1 as published, which covers too rarely; for comparison.
+    Totals from a reference sample bring its variance along. `explain()` of the result reports γ, √(n/q) and the bias term. Raises `InputError` for
+    weights of other methods. Source: Gao, Yang & Kim (2023), Theorem 2 and Corollary 1, changed as said in the chapter."""
+    study, estimand, k = weights.study, weights.estimand, weights.study.n_clusters
+    _check_estimate(weights, vcov, bias_corrected, outcome_model, strata, fraction, penalised)
+    survey, outside = study.level == "survey", study.totals is not None
+    stratum, drawn = _strata(study, strata, fraction)
     name = next(iter(study.outcomes), None) if outcome is None else outcome
     if name not in study.outcomes:
         raise InputError(f"The study has no outcome {name!r}." + nearest(name, study.outcomes))
-    y, loss = np.nan_to_num(study.outcomes[name]), _checked_loss(params["loss"], params["bounds"])[0]
-    means, psi, reasons, variance = {}, np.zeros(study.n_clusters), [], 0.0
-    for arm in (["respondents"] if survey else ["treated", "controls"]):
-        sign, own = -1.0 if arm == "controls" else 1.0, group_mask(study, arm)
-        w = np.where(own, weights.in_order, 0.0)
-        if arm not in WEIGHTED_ARMS[estimand]:                          # an arm that is its own target
-            means[arm], parts = w @ y / w.sum(), cluster_sums(w * y, study.starts)
-        else:
-            part = _part(study, estimand, arm, params["loss"], params["cluster_weight"])
-            lam = params["lam"][arm] if isinstance(params["lam"], dict) else params["lam"]
-            parts, eta = _first_order(study, part, weights.in_order, y, lam, loss, not penalised)
-            fitted, levels, between = _blup(study, part, y)
-            miss = cluster_sums(w, study.starts) - part.sizes
-            bias = miss @ levels / part.total
-            means[arm] = w @ y / part.total - bias_corrected * bias
-            if bias_corrected:
-                parts = cluster_sums(part.target * fitted + w * (y - fitted), study.starts)
-            variance = ((w * (w - study.sampling_weights)) @ eta**2 + between * miss @ miss) / part.total**2
-            reasons.append(f"{arm}: γ = {lam:.4g}; √(n/q) = {np.sqrt(len(part.rows) / len(part.present)):.3g}; imbalance of clusters times their "
-                           f"predicted levels {bias:.3g}" + (", subtracted." if bias_corrected else "."))
-        psi += sign * parts
-        sizes, total = (part.sizes, part.total) if arm in WEIGHTED_ARMS[estimand] else (cluster_sums(w, study.starts), w.sum())
-    value = means["respondents"] if survey else means["treated"] - means["controls"]
-    k = study.n_clusters
+    y = np.nan_to_num(study.outcomes[name])
+    models = {} if outcome_model is None else predict_outcomes(weights, y, outcome_model)
+    arms = {arm: _of_arm(weights, arm, y, drawn, vcov, penalised, models.get(arm) if bias_corrected else False)
+            for arm in (["respondents"] if survey else ["treated", "controls"])}
+    first, last = next(iter(arms.values())), [part for arm, part in arms.items() if arm in WEIGHTED_ARMS[estimand]][-1]
+    value = first.mean if survey else first.mean - arms["controls"].mean
+    within = sum(part.within for part in arms.values())
+    variance, reasons = within.sum(), [part.reason for part in arms.values() if part.reason]
     if vcov == "clusters":
-        rest = psi - (0.0 if estimand == "total" else value) * sizes
-        variance = (1 - fraction) * k / (k - 1) * ((rest - rest.mean()) ** 2).sum() / total**2
+        psi = first.parts if survey else first.parts - arms["controls"].parts
+        rest = psi if estimand == "total" or outside else psi - value * last.sizes
+        rest = rest - (np.bincount(stratum, weights=rest) / np.bincount(stratum))[stratum]
+        count = np.bincount(stratum)[stratum]
+        variance = ((1 - drawn) * count / (count - 1) * rest**2).sum() / last.total**2 + drawn @ within
+    if outside and study.totals.sample is not None:
+        added = _reference_variance(study, last.reference, 0.0 if estimand == "total" else value)
+        reasons.append(f"The totals are estimates: the reference sample brings {added / (variance + added):.0%} of the variance.")
+        variance += added
     if not variance > 0:
         raise EstimationError("There is no variation left for a standard error.")
-    scale = total * study.weight_scale if estimand == "total" else 1.0
-    said = {"clusters": "counts clusters as drawn", "sample": "only responding counts as chance"}[vcov]
-    said += "; corrected for the imbalance of clusters" if bias_corrected else ""
-    return Estimate(float(scale * value), float(scale * np.sqrt(variance)), *(() if survey else (float(means["treated"]), float(means["controls"]))),
-                    df=k - 1.0 if vcov == "clusters" else np.inf, term=estimand, vcov=said, reasons=tuple(reasons))
+    scale = last.total * (1.0 if outside else study.weight_scale) if estimand == "total" else 1.0
+    said = "counts clusters as drawn" if vcov == "clusters" else f"only {'being in the sample' if outside else 'responding'} counts as chance"
+    said += "; corrected for remaining imbalance" if bias_corrected else ""
+    return Estimate(float(scale * value), float(scale * np.sqrt(variance)), *(() if survey else (float(part.mean) for part in arms.values())),
+                    df=k - 1.0 - stratum.max() if vcov == "clusters" else np.inf, term=estimand, vcov=said, reasons=tuple(reasons))

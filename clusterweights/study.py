@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import NamedTuple
 
 import narwhals as nw
 import numpy as np
@@ -21,7 +22,7 @@ from .core import (ClusterWeightsWarning, DroppedUnitsWarning, EstimationError, 
                                  nearest, shown)
 
 # %% auto #0
-__all__ = ['check_size', 'cluster_sums', 'by_size', 'varies_within', 'Study', 'numbers_by_name', 'variance_components',
+__all__ = ['check_size', 'cluster_sums', 'by_size', 'varies_within', 'Study', 'Totals', 'numbers_by_name', 'variance_components',
            'Description']
 
 # %% ../nbs/01_study.ipynb #5783daaf
@@ -328,7 +329,7 @@ class Study:
         self._fill(data, {"treat": treat}, cluster, _as_list(covs), outcome, sampling_weights, missing, treated=treated)
 
     def _fill(self, data, group: dict, cluster, covs: list, outcome, sampling_weights, missing: str, *, treated=None, right_side=None,
-              survey: bool = False) -> None:
+              survey: bool = False, complete: bool = False) -> None:
         outcomes = [] if outcome is None else _as_list(outcome)
         weights = {} if sampling_weights is None else {"sampling_weights": sampling_weights}
         roles = group | {"cluster": cluster} | weights
@@ -339,7 +340,7 @@ class Study:
             raise InputError(f"Every one of the {len(frame)} rows has a missing value.")
         self.columns = MappingProxyType(roles | {"outcome": tuple(outcomes), "covs": tuple(covs)})
         self._order_by(frame.loc[stays, cluster], np.flatnonzero(stays), len(frame))
-        arm, self.arm_values = ((_responded(frame[stays], outcomes, group), None) if survey else
+        arm, self.arm_values = ((_responded(frame[stays], outcomes, group, complete), None) if survey else
                                 _treatment(frame.loc[stays, group["treat"]], group["treat"], treated))
         self.treat = arm[self._sorted]
         self._index = data.index if isinstance(data, pd.DataFrame) else None
@@ -455,9 +456,15 @@ def restrict(self: Study, kept: np.ndarray) -> Study:
     found, codes = np.unique(self.cluster[kept], return_inverse=True)
     starts = np.searchsorted(codes, np.arange(len(found) + 1))
     changes = {name: getattr(self, name)[kept] for name in ("_rows", "_sorted", "drawn", "sampling_weights")}
-    return self._altered(**changes, treat=treat, x=x, labels=self.labels[found], cluster=codes, starts=starts, n=len(treat), n_clusters=len(found),
-                         outcomes=MappingProxyType({name: y[kept] for name, y in self.outcomes.items()}),
-                         level="survey" if survey else _level(treat, starts), constant_within=_constant_within(x, starts, self.names))
+    changes |= {"treat": treat, "x": x, "labels": self.labels[found], "cluster": codes, "starts": starts, "n": len(treat), "n_clusters": len(found),
+                "outcomes": MappingProxyType({name: y[kept] for name, y in self.outcomes.items()}),
+                "level": "survey" if survey else _level(treat, starts), "constant_within": _constant_within(x, starts, self.names)}
+    if self.totals is not None and self.totals.by_cluster is not None:
+        place = np.full(self.n_clusters + 1, -1)
+        place[found] = np.arange(len(found))
+        sample = self.totals.sample and (*self.totals.sample[:2], place[self.totals.sample[2]])
+        changes["totals"] = self.totals._replace(by_cluster=self.totals.by_cluster[found], sample=sample)
+    return self._altered(**changes)
 
 
 @patch
@@ -632,15 +639,15 @@ def from_formula(cls: Study, formula: str, data, *, outcome: Hashable | Sequence
     return study
 
 # %% ../nbs/01_study.ipynb #03287eed
-def _responded(frame: pd.DataFrame, outcomes: list, group: dict) -> np.ndarray:
-    "Who responded: by the column `responded`, else where no outcome is missing."
+def _responded(frame: pd.DataFrame, outcomes: list, group: dict, complete: bool) -> np.ndarray:
+    "Who responded: by the column `responded`, else where no outcome is missing. complete : whether everybody may have, since the target is another."
     known = frame[outcomes].notna().all(axis=1).to_numpy()
     if group and not set(frame[group["responded"]].unique()) <= {0, 1}:
         raise InputError(f"The column {group['responded']!r} of who responded must hold 0 and 1, or False and True.")
     responded = known if not group else frame[group["responded"]].to_numpy(dtype=bool)
     if (responded & ~known).any():
         raise InputError(f"{(responded & ~known).sum()} respondents have no outcome.")
-    if responded.all() or not responded.any():
+    if (responded.all() and not complete) or not responded.any():
         raise InputError(f"All {len(responded)} units responded, so there is nothing to weight for. Is the outcome complete?" if responded.all() else
                          "Nobody responded, so there is nothing to weight.")
     return responded
@@ -648,23 +655,79 @@ def _responded(frame: pd.DataFrame, outcomes: list, group: dict) -> np.ndarray:
 
 @patch(cls_method=True)
 def survey(cls: Study, data, *, outcome: Hashable | Sequence[Hashable], cluster: Hashable, covs: Sequence[Hashable] | Hashable,
-           sampling_weights: Hashable | None = None, responded: Hashable | None = None, totals: Mapping[str, float] | None = None,
+           sampling_weights: Hashable | None = None, responded: Hashable | None = None, totals=None, totals_weights: Hashable | None = None,
            missing: str = "error") -> Study:
-    """A survey: respondents to be weighted to the full sample, or to population totals. `level` is "survey", `treat` is True for respondents.
+    """A survey: respondents to be weighted to the full sample, or to a population. `level` is "survey", `treat` is True for respondents.
 
     outcome : numeric column(s), missing for those who did not respond. responded : 0/1 column of who responded, if not read off the outcome.
-    totals : population totals by column of `x` (see `names`), and under "N" the population's size; the target then, instead of the sample.
-        A mapping or a pandas series.
+    totals : the population, the target then instead of the sample; everybody in the data may have responded. Either its totals by column of `x`
+    (see `names`) with its size under "N" and, under the name of the cluster column, the sizes of its clusters by label, which may be left out (N may
+    be left out instead); or a sequence with N and the totals in the order of `names`; or a data frame of its units, with the covariates and, if the
+    sizes of clusters shall be known, the cluster. totals_weights : column of that data frame with design weights: it is then a reference sample, and
+    its totals are estimates.
     cluster, covs, sampling_weights, missing : as for `Study`; `missing` is about everything but the outcome."""
     study = cls.__new__(cls)
-    study._fill(data, {} if responded is None else {"responded": responded}, cluster, _as_list(covs), outcome, sampling_weights, missing, survey=True)
+    study._fill(data, {} if responded is None else {"responded": responded}, cluster, _as_list(covs), outcome, sampling_weights, missing, survey=True,
+                complete=totals is not None)
     if totals is not None:
+        object.__setattr__(study, "totals", _population(study, totals, totals_weights))
+    elif totals_weights is not None:
+        raise InputError(f"totals_weights={totals_weights!r} names a column of totals, and there are none.")
+    return study
+
+
+class Totals(NamedTuple):
+    """A survey's target from outside. mean : (d,) of the columns of x. size : units. by_cluster : (K,) units in each cluster of the study, None if
+    not known. sample : if these are estimates, the reference sample's covariates (m, d), weights (m,) and clusters (m,), −1 for those not in the
+    study."""
+    mean: np.ndarray
+    size: float
+    by_cluster: np.ndarray | None = None
+    sample: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+
+
+def _population(study: Study, totals, weights: Hashable | None) -> Totals:
+    "A survey's target, from numbers or from a data frame."
+    name, k = study.columns["cluster"], study.n_clusters
+    if isinstance(totals, (list, tuple, np.ndarray)):
+        if np.shape(totals) != (1 + len(study.names),):
+            raise InputError(f"A sequence of totals must hold N and the totals of {listed(study.names, most=20)}, in this order; got shape "
+                             f"{np.shape(totals)}.")
+        totals = dict(zip(["N", *study.names], totals))
+    if isinstance(totals, (Mapping, pd.Series)):
+        if weights is not None:
+            raise InputError(f"totals_weights={weights!r} is for totals given as a data frame.")
+        totals = dict(totals)
+        sizes = _cluster_totals(study, totals.pop(name)) if name in totals else None
+        if sizes is not None:
+            totals.setdefault("N", sizes[1])
         sums = numbers_by_name(totals, study.names, also=["N"])
         size = float(totals["N"])
         if not (np.isfinite(sums).all() and np.isfinite(size) and size > 0):
             raise InputError("totals must be finite numbers for " + listed([*study.names, "N"], most=20) + ", and N positive.")
-        object.__setattr__(study, "totals", (sums / size, size))
-    return study
+        if sizes is not None and sizes[1] > size * (1 + 1e-9):
+            raise InputError(f"The sizes of clusters add up to {sizes[1]:,.6g}, which is more than N = {size:,.6g}.")
+        return Totals(sums / size, size, None if sizes is None else sizes[0])
+    x, frame = study.encode(totals), _open(totals)
+    s = np.ones(len(x)) if weights is None else _numbers(_read(totals, [weights])[weights], weights, "column of weights")
+    if not (s > 0).all():
+        raise InputError(f"The weights {weights!r} of totals must be positive numbers.")
+    codes = study.find_clusters(totals) if name in frame.columns else None
+    sizes = None if codes is None else np.bincount(codes[codes >= 0], weights=s[codes >= 0], minlength=k)
+    return Totals(s @ x / s.sum(), float(s.sum()), sizes, None if weights is None else (x, s, np.full(len(x), -1) if codes is None else codes))
+
+
+def _cluster_totals(study: Study, sizes) -> tuple[np.ndarray, float]:
+    "(K,) the population's units in each cluster of the study, and in all clusters that are named."
+    if not isinstance(sizes, (Mapping, pd.Series)):
+        raise InputError(f"The sizes of {study.columns['cluster']!r} must be given by label, not as {type(sizes).__name__}.")
+    sizes = {label: float(size) for label, size in dict(sizes).items()}
+    lacking = [label for label in study.labels if label not in sizes]
+    if lacking:
+        raise InputError(f"totals hold no size for {counted(len(lacking), 'cluster')} of the study: {listed(lacking)}.")
+    if not all(np.isfinite(size) and size >= 0 for size in sizes.values()):
+        raise InputError(f"The sizes of {study.columns['cluster']!r} must be finite numbers, 0 or more.")
+    return np.array([sizes[label] for label in study.labels]), sum(sizes.values())
 
 
 def numbers_by_name(values: Mapping[str, float], names: Sequence[str], also: Sequence[str] = ()) -> np.ndarray:
@@ -686,7 +749,7 @@ def numbers_by_name(values: Mapping[str, float], names: Sequence[str], also: Seq
 def _take(self: Study, rows: np.ndarray, starts: np.ndarray, labels: np.ndarray) -> Study:
     "The study of the units at positions `rows`, in clusters that begin at `starts`."
     treat, x, s = self.treat[rows], self.x[rows], self.sampling_weights[rows]
-    if treat.all() or not treat.any():
+    if treat.all() and self.totals is None or not treat.any():
         what = "respondents" if self.level == "survey" else "treated units"
         raise EstimationError(f"The sample drawn has {'only' if treat.all() else 'no'} {what}.")
     lost = ~_varies(x) & _varies(self.x)                     # in a part of a study, some may not have varied before
@@ -712,8 +775,9 @@ def _positions(values, size: int, what: str) -> np.ndarray:
 def resample(self: Study, clusters: np.ndarray) -> Study:
     """The study of drawn clusters, each draw a cluster of its own under a fresh label (label, number of the draw).
 
-    clusters : (K',) int, 0 … K − 1, at least two, repeats allowed. Sampling weights are brought to mean 1 again. Raises `InputError` for
-    anything else, `EstimationError` if the draw has no treated units or only such, or a covariate that no longer varies."""
+    clusters : (K',) int, 0 … K − 1, at least two, repeats allowed. Sampling weights are brought to mean 1 again; sizes of clusters in a population
+    from outside to their sum. Raises `InputError` for anything else, `EstimationError` if the draw has no treated units or only such, or a
+    covariate that no longer varies."""
     clusters = _positions(clusters, self.n_clusters, "clusters")
     if len(clusters) < 2:
         raise InputError("Draw at least two clusters.")
@@ -723,7 +787,12 @@ def resample(self: Study, clusters: np.ndarray) -> Study:
     for place, g in enumerate(clusters.tolist()):
         times[g] += 1
         labels[place] = (self.labels[g], times[g])
-    return self._take(np.arange(starts[-1]) + np.repeat(self.starts[clusters] - starts[:-1], sizes), starts, labels)
+    drawn = self._take(np.arange(starts[-1]) + np.repeat(self.starts[clusters] - starts[:-1], sizes), starts, labels)
+    if self.totals is None or self.totals.by_cluster is None:
+        return drawn
+    by_cluster = self.totals.by_cluster[clusters]
+    by_cluster = by_cluster * (self.totals.by_cluster.sum() / by_cluster.sum()) if by_cluster.any() else by_cluster
+    return drawn._altered(totals=self.totals._replace(by_cluster=by_cluster, sample=None))
 
 
 @patch

@@ -649,6 +649,8 @@ def _reasons(weights: Weights, vcov: str, asked: str, model: OutcomeModel) -> tu
     clusters, treat = study.columns["cluster"], study.columns.get("treat")
     if study.level == "survey":
         steps = [f"{study.columns['outcome'][0]} is a survey's outcome, of {study.n_rows:,} units in {len(study.labels):,} clusters ({clusters})."]
+        if study.totals is not None and study.totals.sample is not None:
+            steps.append("The totals of the population are estimates of a reference sample, which this standard error takes as known; softcal_estimate does not.")
     elif study.level == "cluster":
         steps = [f"{treat} never varies within {clusters}: whole clusters were treated, so chance has one draw for each of {len(study.labels):,} "
                  "clusters, and the standard error must count them."]

@@ -1,6 +1,9 @@
 """Soft calibration: parity with survey::calibrate, optimality against a dense solver, invariance, failures that name what fails."""
 
+import inspect
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -8,12 +11,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from numpy.testing import assert_allclose
-from scipy.optimize import root
+from scipy.optimize import lsq_linear, root
 
 import clusterweights as cw
-from clusterweights.core import EstimationError, InfeasibleError, InputError
+from clusterweights.core import EstimationError, InfeasibleError, InputError, SolverError
 from clusterweights.simulate import cluster_missing_data
-from clusterweights.softcal import LOSSES, logit_loss, solve_softcal
+from clusterweights.softcal import LOSSES, _of_arm, logit_loss, solve_softcal
 from clusterweights.study import cluster_sums
 
 REFERENCE = Path(__file__).parent / "reference" / "calibrate"
@@ -179,7 +182,7 @@ def test_bootstrap_and_compare_know_the_method():
     w = cw.softcal_weights(s)
     drawn = w.bootstrap(replicates=60, progress=False)
     assert 0.6 < drawn.summary().frame["std_error"].iloc[0] / cw.softcal_estimate(w).std_error < 1.5
-    assert set(w.params) == {"lam", "estimand", "loss", "form", "bounds", "cluster_weight"}
+    assert set(w.params) == {"lam", "estimand", "loss", "form", "bounds", "infeasible", "cluster_weight"}
     np.testing.assert_array_equal(w.refit(s).weights, w.weights)
 
 
@@ -218,7 +221,6 @@ def test_estimates():
     assert_allclose(plain.estimate, w.estimate().estimate, rtol=1e-12)
     total = cw.softcal_estimate(cw.softcal_weights(s, estimand="total"))
     assert_allclose(total.estimate, plain.estimate * s.n * s.weight_scale, rtol=1e-10)
-    assert_allclose(cw.softcal_estimate(w, fraction=0.36).std_error, 0.8 * plain.std_error, rtol=1e-12)
     assert cw.softcal_estimate(w, vcov="sample").std_error < plain.std_error
     assert cw.softcal_estimate(w, penalised=False).std_error != plain.std_error
     assert corrected.estimate != plain.estimate and "imbalance of clusters" in corrected.explain()
@@ -244,8 +246,11 @@ def test_effects(estimand):
     if estimand != "ATE":
         with pytest.raises(InputError, match="odds"):
             cw.softcal_weights(late, estimand=estimand, loss="maximum entropy")
+        np.testing.assert_array_equal(w.weights, cw.softcal_weights(late, estimand=estimand, loss="entropy").weights)
     else:
-        assert cw.softcal_weights(late, estimand="ATE", loss="maximum entropy").in_order.min() > 1
+        assert w.in_order.min() > 1 and w.facts == {"loss": "maximum entropy"}
+        np.testing.assert_array_equal(w.weights, cw.softcal_weights(late, estimand="ATE", loss="maximum entropy").weights)
+        assert (w.refit(late, estimand="ATT").facts, cw.softcal_weights(late, estimand="ATT").facts) == ({"loss": "entropy"},) * 2
         assert set(w.params["lam"]) == {"controls", "treated"}
     with pytest.raises(InputError, match="for surveys"):
         cw.softcal_estimate(w, vcov="sample")
@@ -253,8 +258,321 @@ def test_effects(estimand):
 
 def test_totals_have_no_clusters():
     s = survey(totals={"N": 1e4, "x1": 0.0, "x2": 0.0})
-    with pytest.raises(EstimationError, match="sizes of clusters"):
+    with pytest.raises(EstimationError, match="how large each cluster"):
         cw.softcal_weights(s)
+    ignored = cw.softcal_weights(s, lam=np.inf, loss="squared")
+    assert_allclose(ignored.in_order, cw.balancing_weights(s).in_order, rtol=1e-7)
+
+
+def test_correlated_levels_of_clusters():
+    p = problem(1) | {"lam": 0.8}
+    root_of = np.random.default_rng(0).normal(size=(7, 7))
+    matrix = root_of @ root_of.T / 7 + 0.5 * np.eye(7)
+    z = np.repeat(np.eye(7), np.diff(p["starts"]), axis=0)
+    design = np.column_stack([np.ones(len(z)), p["x"], z])
+    goal, ridge = np.r_[p["target_total"], p["target_total"] * p["target_mean"], p["sizes"]], np.zeros((11, 11))
+    ridge[4:, 4:] = 0.8 * np.linalg.inv(matrix)
+    for name, loss in LOSSES.items():
+        ours = solve_softcal(**p | {"relative_variance": matrix, "loss": name})
+        start = np.concatenate(ours.multipliers)
+        other = root(lambda c: design.T @ (p["base"] * loss.weight(p["precision"] * (design @ c))) - goal + ridge @ c, 0.98 * start, tol=1e-13)
+        assert_allclose(p["base"] * loss.weight(p["precision"] * (design @ other.x)), ours.weights, rtol=1e-9)
+    for lam in (0.0, 0.8, np.inf):
+        assert_allclose(solve_softcal(**p | {"relative_variance": np.diag(p["relative_variance"]), "lam": lam}).weights, solve_softcal(**p | {"lam": lam}).weights, rtol=1e-10)
+    with pytest.raises(InputError, match="positive definite"):
+        solve_softcal(**p | {"relative_variance": -matrix})
+
+
+@pytest.mark.parametrize("cap", [3.0, 2.6])
+def test_empirical_likelihood_with_an_upper_bound(cap):
+    "The multipliers of units at the bound may lie where the free loss has no weights."
+    p = problem(4)
+    found = solve_softcal(**p, lam=2.0, loss="empirical likelihood", bounds=(0, cap))
+    assert np.isclose(found.weights / p["base"], cap).sum() > 3 and found.certificate.ok
+
+
+SMALL = problem(1)["sizes"] * np.r_[0.2, np.full(6, 1.2)]
+FAR, OUT = np.array([0.0, 9.0, 0.0]), np.array([1.2, 0.0, 0.0])
+ONE = problem(1)["x"][problem(1)["x"][:, 0].argmax()]
+
+
+@pytest.mark.parametrize("options, words, named", [
+    ({"target_mean": FAR}, "reach the target for 'income'", ["income"]),
+    ({"target_mean": OUT, "lam": 0.0}, "'age' and 'town' together with the total of each cluster", ["age", "town"]),
+    ({"bounds": (0, 1.5)}, "add up to the target's 91.6", ["total"]),
+    ({"loss": "maximum entropy", "form": "adjusted", "sizes": SMALL}, "totals of 1 cluster cannot be reached: 0", ["total of cluster 0"]),
+    ({"sizes": np.r_[0.0, SMALL[1:]], "lam": 0.0}, "totals of 1 cluster cannot be reached: 0", ["total of cluster 0"]),
+    ({"target_mean": ONE}, "multipliers of 'age'", None)])
+def test_every_failure_names_what_fails(options, words, named):
+    with pytest.raises((InfeasibleError, SolverError), match=words) as caught:
+        solve_softcal(**problem(1) | {"lam": 1.0, "names": ["age", "income", "town"]} | options)
+    assert named is None or caught.value.names == named
+
+
+def least_misses(p, low, high, sizes=None):
+    "The misses of the weights inside the bounds with the least sum of squares, by another solver: covariates, then clusters, in the units of the package."
+    total, n = p["target_total"], len(p["x"])
+    rows = [1e4 * np.ones((1, n)) / total, ((p["x"] - p["target_mean"]) / p["x"].std(axis=0)).T / total]
+    right = [np.array([1e4]), np.zeros(p["x"].shape[1])]
+    if sizes is not None:
+        k = len(sizes)
+        rows.append(np.repeat(np.eye(k), np.diff(p["starts"]), axis=0).T * np.sqrt(k) / total)
+        right.append(sizes * np.sqrt(k) / total)
+    rows, right = np.vstack(rows), np.concatenate(right)
+    found = lsq_linear(rows, right, bounds=(np.maximum(low * p["base"], -1e9), np.minimum(high * p["base"], 1e9)), tol=1e-14, max_iter=3000).x
+    return (rows @ found - right)[1:], lambda w: (rows @ w - right)[1:]
+
+
+@pytest.mark.parametrize("loss", ["squared", "entropy", "empirical likelihood", "maximum entropy"])
+@pytest.mark.parametrize("demand", ["covariates", "clusters too", "adjusted totals"])
+def test_the_closest_weights(loss, demand):
+    p, options = problem(1), {"covariates": {"target_mean": FAR, "lam": 1.0}, "clusters too": {"target_mean": OUT, "lam": 0.0},
+                              "adjusted totals": {"sizes": SMALL, "lam": 2.0, "form": "adjusted"}}[demand]
+    p, low = p | options, max(LOSSES[loss].low, 0.0)
+    bounds = {"bounds": (0, np.inf)} if loss == "squared" else {}
+    ours = solve_softcal(**p, loss=loss, infeasible="closest", **bounds)
+    sizes = {"covariates": None, "clusters too": p["sizes"]}.get(demand)
+    if demand == "adjusted totals":
+        if loss != "maximum entropy":                                       # these can be met, and then are
+            np.testing.assert_array_equal(ours.weights, solve_softcal(**p, loss=loss, **bounds).weights)
+            assert ours.status == "optimal" and ours.tolerance == 0
+            return
+        sizes = cluster_sums(solve_softcal(**p | {"form": "penalised"}, loss="squared").weights, p["starts"])
+    misses, misses_of = least_misses(p, low, np.inf, sizes)
+    assert ours.status == "closest" and ours.certificate.ok
+    assert_allclose(misses_of(ours.weights), misses, atol=3e-5)
+    assert_allclose(ours.weights.sum(), p["target_total"], rtol=1e-12)
+    assert (ours.weights / p["base"]).min() >= low and np.linalg.norm(misses) > 0.01
+
+
+def test_the_closest_weights_by_the_moore_penrose_inverse():
+    p = problem(3) | {"base": None, "precision": None, "relative_variance": None}
+    p["x"] = np.column_stack([p["x"], np.repeat(np.arange(7.0), np.diff(p["starts"]))])
+    p["target_mean"] = np.r_[p["target_mean"], p["sizes"] @ np.arange(7) / p["target_total"] + 0.5]      # contradicts the totals of clusters
+    ours = solve_softcal(**p, lam=0.0, loss="squared", infeasible="closest")
+    n, total = len(p["x"]), p["target_total"]
+    rows = np.vstack([((p["x"] - p["target_mean"]) / p["x"].std(axis=0)).T, np.sqrt(7) * np.repeat(np.eye(7), np.diff(p["starts"]), axis=0).T])
+    right, centred = np.r_[np.zeros(4), np.sqrt(7) * p["sizes"]], rows - rows.mean(axis=1, keepdims=True)
+    assert_allclose(ours.weights, total / n + np.linalg.pinv(centred) @ (right - rows.sum(axis=1) * total / n), rtol=1e-4)
+    assert 0.05 < ours.tolerance < 0.5
+
+
+def test_nothing_is_close_to_an_impossible_total():
+    with pytest.raises(InfeasibleError, match="nothing to come close to") as caught:
+        solve_softcal(**problem(1), lam=1.0, bounds=(0, 1.5), infeasible="closest")
+    assert caught.value.names == ["total"]
+    with pytest.raises(InputError, match="Did you mean 'closest'"):
+        solve_softcal(**problem(1), lam=1.0, infeasible="closes")
+
+
+def test_the_closest_weights_of_a_survey_say_what_they_miss():
+    data = cluster_missing_data(6)
+    data.loc[data["cluster"].isin([3, 9]), "outcome"] = np.nan
+    s = cw.Study.survey(data, outcome="outcome", cluster="cluster", covs=["x1", "x2"])
+    with pytest.warns(cw.OverlapWarning, match="those of 2 clusters without respondents .3 and 9. altogether"):
+        w = cw.softcal_weights(s, lam=0, infeasible="closest")
+    assert_allclose(w.in_order.sum(), s.n) and assert_allclose(w.in_order @ s.x, s.x.sum(0), atol=0.1)
+    assert_allclose(cluster_sums(w.in_order, s.starts)[w.study.n_treated > 0], 200 + 400 / 28, atol=0.1)     # others share evenly what two cannot carry
+    with pytest.warns(cw.OverlapWarning, match="A single unit carries"), pytest.warns(cw.OverlapWarning, match="mean of 'x1' by -.* standard deviations"):
+        cw.softcal_weights(cw.Study.survey(data, outcome="outcome", cluster="cluster", covs=["x1", "x2"], totals={"N": 6000, "x1": 6000.0, "x2": 0.0, "cluster": dict.fromkeys(range(30), 200)}),
+                           infeasible="closest")
+
+
+def test_clusters_without_respondents_have_no_adjusted_total_to_miss():
+    s = survey_of(cluster_missing_data(1, n_clusters=2000, cluster_size=5))
+    with pytest.warns(cw.OverlapWarning, match="totals of .* clusters .* units") as caught:
+        w = cw.softcal_weights(s, lam=4.0, form="adjusted", infeasible="closest")
+    assert (s.n_treated == 0).any() and "altogether" not in str(caught[0].message)
+    assert_allclose([w.in_order.sum(), *(w.in_order @ s.x)], [s.n, *s.x.sum(axis=0)], atol=1e-5 * s.n)
+    with pytest.raises(InfeasibleError, match="cannot be reached"):
+        cw.softcal_weights(s, lam=4.0, form="adjusted")
+
+
+def test_lam_keeps_what_it_means_whatever_the_loss():
+    "Totals of clusters move as far from the target's as with the squared loss, nearly."
+    data = cluster_missing_data(3, n_clusters=40, cluster_size=60)
+    off = {loss: cluster_sums(cw.softcal_weights(survey_of(data), lam=20.0, loss=loss).in_order, np.arange(0, 2401, 60)) - 60 for loss in ("squared", "entropy", "maximum entropy")}
+    for loss in ("entropy", "maximum entropy"):
+        assert 0.85 < np.polyfit(off["squared"], off[loss], 1)[0] < 1.0
+
+
+def survey_of(data, **options):
+    return cw.Study.survey(data, **({"outcome": "outcome", "cluster": "cluster", "covs": ["x1", "x2"]} | options))
+
+
+@pytest.fixture(scope="module")
+def population():
+    "12,000 units in 25 clusters, and who of them is in a sample of volunteers."
+    rng = np.random.default_rng(5)
+    cluster = np.repeat(np.arange(25), rng.integers(300, 660, 25))
+    level, n = rng.normal(size=25)[cluster], len(cluster)
+    frame = pd.DataFrame({"cluster": cluster, "x1": rng.uniform(-1, 1, n), "x2": rng.normal(size=n) + 0.5 * level})
+    frame["outcome"] = 5 + 2 * frame["x1"] + 2 * frame["x2"] + level + rng.normal(size=n)
+    return frame, rng.random(n) < 1 / (1 + np.exp(2.2 - 0.6 * frame["x1"] - 0.5 * frame["x2"] - 0.5 * level))
+
+
+def test_targets_from_outside(population):
+    frame, chosen = population
+    sample, sizes = frame[chosen], frame["cluster"].value_counts()
+    sums = {"N": len(frame), "x1": frame["x1"].sum(), "x2": frame["x2"].sum()}
+    ways = [frame, sums | {"cluster": sizes}, pd.Series(sums | {"cluster": sizes.to_dict()}), {k: v for k, v in sums.items() if k != "N"} | {"cluster": dict(sizes)}]
+    found = [cw.softcal_weights(survey_of(sample, totals=totals)) for totals in ways]
+    for w in found:
+        assert_allclose(w.weights, found[0].weights, rtol=1e-8)
+    w = found[0]
+    assert w.in_order.min() > 1 and w.balance().table["SMD, weighted"].abs().max() < 1e-9
+    assert_allclose(w.in_order @ w.study.x, [sums["x1"], sums["x2"]], atol=1e-6 * len(frame))
+    off, raw = cluster_sums(w.in_order, w.study.starts) - sizes.sort_index(), w.study.n_treated * len(frame) / len(sample) - sizes.sort_index()
+    assert 0 < np.abs(off).max() < 0.2 * np.abs(raw).max()
+    mean = cw.softcal_estimate(w, vcov="sample", bias_corrected=True)
+    assert abs(mean.estimate - frame["outcome"].mean()) < 3 * mean.std_error < 0.3
+    total = cw.softcal_estimate(cw.softcal_weights(w.study, estimand="total"), vcov="sample")
+    assert_allclose(total.estimate, len(frame) * cw.softcal_estimate(w).estimate, rtol=1e-10)
+    for loss in ("squared", "entropy"):
+        assert_allclose(cw.softcal_weights(w.study, loss=loss).in_order.sum(), len(frame))
+    vector = cw.softcal_weights(survey_of(sample, totals=list(sums.values())), lam=np.inf)
+    assert_allclose(vector.in_order @ vector.study.x, [sums["x1"], sums["x2"]], atol=1e-6 * len(frame))
+    hard = cw.softcal_weights(w.study, lam=0)
+    assert_allclose(cluster_sums(hard.in_order, w.study.starts), sizes.sort_index(), rtol=1e-9)
+    fewer = survey_of(sample[sample["cluster"] > 4], totals=frame)             # clusters that nobody was sampled from stay in the population
+    assert_allclose(cw.softcal_weights(fewer).in_order.sum(), len(frame))
+    assert 0.5 < w.bootstrap(replicates=40, progress=False).summary().frame["std_error"].iloc[0] / cw.softcal_estimate(w).std_error < 2
+    with pytest.raises(InputError, match="Is the outcome complete"):
+        survey_of(sample)
+    with pytest.raises(InputError, match="counts by its own units"):
+        cw.softcal_weights(w.study, cluster_weight="clusters")
+    curve, all_of_it = (cw.cross_fitted_lam(s, grid=(0.1, 1, 10), n_folds=3).table["variance"] for s in (w.study, survey_of(frame.assign(outcome=frame["outcome"].where(chosen)))))
+    assert_allclose(curve / all_of_it, 1, atol=0.3)                            # the same target, in the study
+
+
+def test_parts_of_a_study_with_a_target_from_outside(population):
+    frame, chosen = population
+    s = survey_of(frame[chosen], totals=frame.sample(500, random_state=1).assign(people=3.0), totals_weights="people")
+    kept = s.restrict(s.cluster > 3)
+    np.testing.assert_array_equal(kept.totals.by_cluster, s.totals.by_cluster[4:])
+    np.testing.assert_array_equal(kept.totals.sample[2], np.maximum(s.totals.sample[2] - 4, -1))
+    drawn = s.resample(np.r_[0, 0, np.arange(3, 25)])
+    assert_allclose(drawn.totals.by_cluster.sum(), s.totals.by_cluster.sum())
+    assert_allclose(drawn.totals.by_cluster[0] / drawn.totals.by_cluster[2], s.totals.by_cluster[0] / s.totals.by_cluster[3])
+
+
+def test_adjusted_totals_are_those_of_the_squared_loss(population):
+    frame, chosen = population
+    for s in (survey_of(frame[chosen], totals=frame, covs="x1"), survey_of(frame.assign(outcome=frame["outcome"].where(chosen)), covs="x1")):
+        squared, adjusted = (cw.softcal_weights(s, lam=20.0, **o).in_order for o in ({"loss": "squared"}, {"form": "adjusted"}))
+        assert squared[s.treat].min() > 0
+        assert_allclose(cluster_sums(adjusted, s.starts), cluster_sums(squared, s.starts), rtol=1e-8)
+
+
+@pytest.mark.parametrize("options, corrected", [({}, False), ({}, True), ({"form": "adjusted"}, False), ({"loss": "entropy"}, False), ({"estimand": "total"}, False)])
+def test_totals_from_a_reference_sample(population, options, corrected):
+    "Their variance against leaving out each of the reference sample's units in turn."
+    frame, chosen = population
+    rng = np.random.default_rng(1)
+    chance = 0.01 + 0.03 * (frame["x2"] > 0)
+    reference = frame[rng.random(len(frame)) < chance].assign(people=1 / chance).sample(120, random_state=1)
+    reference["people"] *= len(frame) / reference["people"].sum()
+
+    def fitted(data):
+        s = survey_of(frame[chosen], totals=data, totals_weights="people")
+        return cw.softcal_weights(s, lam=lam, **options)
+    lam = 300.0 if options.get("form") == "adjusted" else 20.0
+    w = fitted(reference)
+    known = cw.softcal_weights(w.study._altered(totals=w.study.totals._replace(sample=None)), lam=lam, **options)
+    both, one = (cw.softcal_estimate(v, vcov="sample", bias_corrected=corrected) for v in (w, known))
+    assert both.estimate == one.estimate and "reference sample brings" in both.explain() and "reference" not in one.explain()
+    left_out = np.array([cw.softcal_estimate(fitted(reference.drop(row)), vcov="sample", bias_corrected=corrected).estimate for row in reference.index])
+    m = len(left_out)
+    if options.get("estimand") == "total":                                  # a sum over one unit less
+        left_out = left_out * m / (m - 1)
+    jackknife = np.sqrt((m - 1) / m * ((left_out - left_out.mean()) ** 2).sum())
+    assert_allclose(np.sqrt(both.std_error**2 - one.std_error**2), jackknife, rtol=0.04)
+    assert "reference sample" in w.estimate().explain()
+
+
+@pytest.mark.parametrize("form", ["penalised", "adjusted"])
+def test_how_the_estimate_moves_with_the_totals(population, form):
+    "The coefficients that multiply a reference sample's totals, against differences."
+    frame, chosen = population
+    lam, reference = 20.0, frame.sample(3000, random_state=1).assign(people=4.0)
+    s = survey_of(frame[chosen], totals=reference, totals_weights="people")
+
+    def total(changes):
+        w = cw.softcal_weights(s._altered(totals=s.totals._replace(**changes)), lam=lam, form=form)
+        return w, w.in_order[s.treat] @ s.outcome[s.treat]
+    w, _ = total({})
+    part = _of_arm(w, "respondents", np.nan_to_num(s.outcome), np.zeros(25), "sample", True, False).reference
+    for g in (2, 17):
+        up, down = (s.totals.by_cluster + step * (np.arange(25) == g) for step in (1.0, -1.0))
+        assert_allclose((total({"by_cluster": up})[1] - total({"by_cluster": down})[1]) / 2, part.u[g], rtol=2e-3)
+    step = np.array([1e-3, 0.0])
+    slope = (total({"mean": s.totals.mean + step})[1] - total({"mean": s.totals.mean - step})[1]) / 2e-3 / s.totals.size
+    assert_allclose(slope, part.b[1], rtol=2e-3)
+
+
+def test_clusters_drawn_without_replacement_by_hand():
+    s = survey(sampling_weights="people")
+    w = cw.softcal_weights(s, lam=30.0)
+    strata = {g: "north" if g < 12 else "south" for g in s.labels}
+    whole, apart = cw.softcal_estimate(w), cw.softcal_estimate(w, strata=strata)
+    sample = cw.softcal_estimate(w, vcov="sample")
+    assert (whole.df, apart.df) == (29, 28) and apart.std_error != whole.std_error
+    expected = 0.75 * whole.std_error**2 + 0.25 * sample.std_error**2          # weights of 1 or 2 times 0.25 are below 1: all of a cluster was taken
+    assert_allclose(cw.softcal_estimate(w, fraction=0.25).std_error ** 2, expected, rtol=1e-10)
+    one = cw.softcal_estimate(w, strata=strata, fraction=0.25)
+    assert_allclose(one.std_error**2, 0.75 * apart.std_error**2 + 0.25 * sample.std_error**2, rtol=1e-10)
+    by = cw.softcal_estimate(w, strata=strata, fraction={"north": 0.25, "south": 0.0}).std_error
+    assert one.std_error < by < apart.std_error
+    assert_allclose(cw.softcal_estimate(w, strata=strata, fraction={"north": 0.25, "south": 0.25}).std_error, one.std_error, rtol=1e-12)
+    for options, words in [({"strata": {0: 1}}, "say nothing of 29 clusters"), ({"strata": strata | {29: "alone"}}, "single cluster: 'alone'"), ({"strata": ["a"] * 30}, "by the cluster's label"),
+                           ({"strata": strata, "fraction": {"north": 0.1}}, "strata are 'north' and 'south'"), ({"fraction": {"north": 0.1}}, "strata are 'all'"),
+                           ({"vcov": "sample", "fraction": 0.1}, "for vcov='clusters'")]:
+        with pytest.raises(InputError, match=words):
+            cw.softcal_estimate(w, **options)
+
+
+def test_strata_that_differ():
+    data = cluster_missing_data(7)
+    data["outcome"] += 4 * (data["cluster"] < 12)
+    w = cw.softcal_weights(survey_of(data))
+    assert cw.softcal_estimate(w, strata={g: g < 12 for g in range(30)}).std_error < 0.5 * cw.softcal_estimate(w).std_error
+
+
+def test_units_drawn_within_clusters_by_hand():
+    s = survey(sampling_weights="people", covs="x1")
+    w, f, own = cw.softcal_weights(s, lam=30.0, loss="squared"), 0.9, s.treat
+    base = s.sampling_weights[own] * s.n / s.sampling_weights[own].sum()
+    design = np.column_stack([np.ones(s.n), s.x, s.cluster[:, None] == np.arange(30)])
+    ridge = 30.0 * s.n / s.sampling_weights[own].sum() * np.diag(np.r_[0, 0, np.ones(30)])
+    fitted = design @ np.linalg.solve((design[own].T * base) @ design[own] + ridge, (design[own].T * base) @ s.outcome[own])
+    eta, total = np.where(own, np.nan_to_num(s.outcome) - fitted, 0.0), 0.0
+    chance = 1 / np.maximum(s.sampling_weights * s.weight_scale * f, 1)        # of a unit, in a cluster that was drawn
+    assert set(chance.round(6)) == {1.0, round(1 / 1.8, 6)}
+    for g in range(30):
+        mine = s.cluster == g
+        unit = (s.sampling_weights * fitted + w.in_order * eta)[mine]
+        total += (1 - chance[mine]) @ (unit - unit.mean()) ** 2 * mine.sum() / (mine.sum() - 1)
+        total += (chance * w.in_order * (w.in_order - s.sampling_weights) * eta**2)[mine].sum()
+    from clusterweights.mixed import fit_linear_mixed
+    between = fit_linear_mixed(s.x[own], s.outcome[own], np.r_[0, np.cumsum(s.n_treated)]).between
+    miss = cluster_sums(w.in_order - s.sampling_weights, s.starts)
+    expected = (1 - f) * cw.softcal_estimate(w).std_error ** 2 + f * (total + between * miss @ miss) / s.n**2
+    assert_allclose(cw.softcal_estimate(w, fraction=f).std_error ** 2, expected, rtol=1e-8)
+
+
+def test_any_outcome_model_may_correct():
+    from sklearn.linear_model import LinearRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import PolynomialFeatures
+    s = survey_of(cluster_missing_data(2, curved=True))
+    w = cw.softcal_weights(s, loss="squared")                               # wrong for this outcome, and it bends
+    model = cw.OutcomeModel(learner=make_pipeline(PolynomialFeatures(3), LinearRegression()), knows="covariates and clusters")
+    truth = cluster_missing_data(2, curved=True)["y"].mean()
+    plain, blup, flexible = (cw.softcal_estimate(w, vcov="sample", **o) for o in ({}, {"bias_corrected": True}, {"bias_corrected": True, "outcome_model": model}))
+    assert abs(flexible.estimate - truth) < 0.3 * abs(plain.estimate - truth) and abs(blup.estimate - plain.estimate) < 0.05
+    assert_allclose(flexible.estimate, w.estimate(bias_corrected=True, outcome_model=model).estimate, rtol=1e-10)
+    with pytest.raises(InputError, match="outcome_model is for bias_corrected=True"):
+        cw.softcal_estimate(w, outcome_model=model)
 
 
 def test_many_clusters_are_fast_and_small():
@@ -271,3 +589,12 @@ def test_many_clusters_are_fast_and_small():
         times.append(time.perf_counter() - begin)
         assert found.certificate.ok
     assert min(times) < 3.0                                   # far below what any K × K matrix would take
+
+
+def test_memory_of_many_clusters():
+    "Of the whole process, which starts anew."
+    body = inspect.getsource(test_many_clusters_are_fast_and_small).replace("assert min(times) < 3.0", "pass")
+    code = ("import time, resource\nimport numpy as np\nfrom clusterweights.softcal import solve_softcal\nfrom clusterweights.study import cluster_sums\n" + body
+            + "\ntest_many_clusters_are_fast_and_small()\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)")
+    peak = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert peak < 500                                         # megabytes
