@@ -32,8 +32,8 @@ import clusterweights.ipw  # noqa: F401
 import clusterweights.mundlak  # noqa: F401
 import clusterweights.softcal  # noqa: F401
 from . import __version__
-from .core import (ClusterWeightsError, ClusterWeightsWarning, EstimationError, InfeasibleError, InputError, SolverError, Table, caller_depth, check_output,
-                                 counted, decimals, interval_plot, listed, nearest, write_file)
+from .core import (ClusterWeightsError, ClusterWeightsWarning, DroppedUnitsWarning, EstimationError, InfeasibleError, InputError, OverlapWarning,
+                                 SolverError, Table, caller_depth, check_output, counted, decimals, interval_plot, listed, nearest, write_file)
 from .framework import Balance, love_plot
 from .by_cluster import ClusterEffects, cluster_effects
 from .resampling import Bootstrap, bootstrap
@@ -173,6 +173,11 @@ def _run(study: Study, entries: Mapping[str, tuple[str, dict]], level: float, vc
 _SAME = ", same clusters"
 
 
+def _first(name: str, names) -> bool:
+    "Whether a row is a method's only one, or the first of two."
+    return not (name.endswith(_SAME) and name.removesuffix(_SAME) in names)
+
+
 def _again_where(study: Study, weights: Mapping[str, Weights]) -> tuple[Study | None, list[str]]:
     "The study of the units that all methods keep (None if they keep the same), and the keys of the methods that keep more."
     kept = {name: w.reason == "" for name, w in weights.items() if w.outside is None}
@@ -212,9 +217,14 @@ def compare(study: Study, methods: Sequence | None = None, *, level: float = 0.9
 
 def _analyses(weights: Mapping[str, Weights], by_cluster: bool, sensitivity: bool) -> tuple[dict, dict, list[str]]:
     "Effects by cluster and sensitivity for each method, if asked for, and what was refused and why."
-    effects, effects_refused = _where_possible("effects by cluster", cluster_effects, weights) if by_cluster else ({}, [])
+    effects, effects_refused = _where_possible("effects by cluster", _effects, weights) if by_cluster else ({}, [])
     bounds, bounds_refused = _where_possible("sensitivity", partial(sensitivity_analysis, replicates=199, progress=False), weights) if sensitivity else ({}, [])
     return effects, bounds, effects_refused + bounds_refused
+
+
+def _effects(weights: Weights) -> ClusterEffects:
+    "Effects by cluster, corrected for the imbalance that is left in each where the method adjusts for covariates at all: else it would count as spread."
+    return cluster_effects(weights, bias_corrected=METHODS[weights.method].knows(weights.params) != "none")
 
 
 def _where_possible(what: str, analyse: Callable, weights: Mapping[str, Weights]) -> tuple[dict, list[str]]:
@@ -223,7 +233,7 @@ def _where_possible(what: str, analyse: Callable, weights: Mapping[str, Weights]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ClusterWeightsWarning)           # said when the weights were made, or part of the result
         for name, w in weights.items():
-            if not name.endswith(_SAME):
+            if _first(name, weights):
                 try:
                     found[name] = analyse(w)
                 except ClusterWeightsError as error:
@@ -254,7 +264,7 @@ def summary(self: Comparison) -> Table:
 @patch
 def _notes(self: Comparison) -> list[str]:
     "What the table's columns mean, and the `lam` of methods that have one."
-    prices = {w.label: w.params["lam"] for name, w in self.weights.items() if "lam" in w.params}
+    prices = {self.table.loc[name, "label"]: w.params["lam"] for name, w in self.weights.items() if "lam" in w.params and _first(name, self.weights)}
     said = "; ".join(f"{label} " + (", ".join(f"{v:.3g} for the {arm}" for arm, v in lam.items()) if isinstance(lam, Mapping) else f"{lam:.3g}")
                      for label, lam in prices.items())
     kinds = list(dict.fromkeys(self.table["vcov"].dropna()))
@@ -266,15 +276,36 @@ def _notes(self: Comparison) -> list[str]:
             f"units, clusters: whom the estimate speaks of, among {TARGET_NOUNS[self.estimand]}."] + ([f"lam, the price of uneven weights: {said}."] if said else [])
 
 # %% ../nbs/20_comparison.ipynb #311ae666
+def _forest_series(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame, bool, float]]:
+    "What the forest plot draws: label, one row per method, filled dots or not, and shift. Rows run twice are two series."
+    own = table[[_first(name, table.index) for name in table.index]]
+    twice = [name for name in own.index if name + _SAME in table.index]
+    if not twice:
+        return [("estimate", own, True, 0.0)]
+    common = table.loc[[name + _SAME if name in twice else name for name in own.index]].set_axis(own.index)
+    return [("on all units that a method keeps", own.loc[twice].reindex(own.index), True, -0.22), ("on the units that all methods keep", common, False, 0.13)]
+
+
 @patch
 def plot(self: Comparison, ax=None):
-    "Forest plot: each method's estimate and interval; returns the Axes."
-    t = self.table
-    ax = interval_plot(list(t["label"]), t["estimate"], t["conf_low"], t["conf_high"], ax=ax, label="estimate", reference=None if self.study.level == "survey" else 0.0)
-    moved = (t["corrected"] - t["estimate"]).abs() > 0.01 * t["std_error"]
-    if moved.any():
-        interval_plot(list(t["label"]), t["corrected"].where(moved), ax=ax, filled=False, marker="D", shift=0.25, label="corrected for remaining imbalance", reference=None)
-        ax.legend(fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
+    """Forest plot: each method's estimate and interval; returns the Axes.
+
+    Methods that were run again on the units that all keep have two dots in their row; those on the same units, hollow, may be compared."""
+    t, series = self.table, _forest_series(self.table)
+    labels = list(t.loc[series[0][1].index, "label"])
+    if ax is None:
+        import matplotlib.pyplot as plt
+        _, ax = plt.subplots(figsize=(6.5, 0.9 + (0.18 + 0.14 * len(series)) * len(labels) + 0.25 * (len(series) - 1)), layout="constrained")
+    moved = [(part["corrected"] - part["estimate"]).abs() > 0.01 * part["std_error"] for _, part, _, _ in series]
+    for label, part, filled, shift in series:
+        interval_plot(labels, part["estimate"], part["conf_low"], part["conf_high"], ax=ax, label=label, filled=filled, shift=shift,
+                      reference=None if self.study.level == "survey" else 0.0)
+    for (_, part, _, shift), far in zip(series, moved):
+        interval_plot(labels, part["corrected"].where(far), ax=ax, filled=False, marker="D", shift=shift + 0.25 / len(series),
+                      label="corrected for remaining imbalance" if far.any() else None, reference=None)
+    if len(series) > 1 or any(far.any() for far in moved):
+        handles = dict(zip(*ax.get_legend_handles_labels()[::-1]))                # the diamonds of two series are one entry
+        ax.legend(handles.values(), handles, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=1 if len(series) > 1 else 2, frameon=False)
     what = f"{self.estimand} of" if self.study.level == "survey" else f"effect of {self.study.contrast} on"
     ax.set_xlabel(f"{what} {self.study.columns['outcome'][0]} ({100 * self.level:g}% interval)", parse_math=False)
     return ax
@@ -283,8 +314,8 @@ def plot(self: Comparison, ax=None):
 @patch
 def plot_balance(self: Comparison, axes=None):
     "Love plot of what each method (at most 8) leaves, each on the units it keeps; returns the three Axes. `balances[name].plot()` shows one method before and after."
-    left = {self.table.loc[name, 'label']: b.differences["after weighting"] for name, b in self.balances.items() if not name.endswith(_SAME)}
-    return love_plot(self.study.names, left or {self.table.loc[name, 'label']: b.differences["after weighting"] for name, b in self.balances.items()}, axes)
+    left = {self.table.loc[name, 'label']: b.differences["after weighting"] for name, b in self.balances.items() if _first(name, self.balances)}
+    return love_plot(self.study.names, left, axes)
 
 # %% ../nbs/20_comparison.ipynb #659943b8
 _NOTICEABLE = 0.1    # the usual threshold for a standardised difference
@@ -347,7 +378,7 @@ def _estimates(c: Comparison) -> list[str]:
 
 def _imbalances(c: Comparison) -> list[str]:
     out = []
-    for name, balance in c.balances.items():
+    for name, balance in ((name, balance) for name, balance in c.balances.items() if _first(name, c.balances)):
         left = balance.table["SMD, weighted"].abs()
         large = left.index[left > _NOTICEABLE]
         if len(large):
@@ -369,11 +400,13 @@ def _imbalances(c: Comparison) -> list[str]:
 
 
 def _targets(c: Comparison) -> list[str]:
-    out = []
+    out, narrower = [], {}
     for name, weights in c.weights.items():
-        target = weights.target
-        if target.units < target.all_units:
-            out.append(f"{c.table.loc[name, 'label']} speaks only of {target}; its estimate answers a narrower question than one that speaks of all.")
+        if weights.target.units < weights.target.all_units:
+            narrower.setdefault(str(weights.target), []).append(c.table.loc[name, "label"])
+    for target, labels in narrower.items():
+        out.append(f"{labels[0]} speaks only of {target}; its estimate answers a narrower question than one that speaks of all." if len(labels) == 1 else
+                   f"{listed(labels, most=len(labels))} speak only of {target}; their estimates answer a narrower question than one that speaks of all.")
     out += [f"{c.table.loc[name, 'label']} does not know {listed(own)} and speaks of the study's own units." for name, own in c.ignored.items()]
     return out + [f"{c.table.loc[name, 'label']} gave no estimate: {error}" for name, error in c.errors.items()]
 
@@ -482,7 +515,8 @@ def agreement(first: Weights, second: Weights, *, outcome=None, replicates: int 
         raise InputError("The study has no outcome." if not names else f"The study has no outcome {outcome!r}." + nearest(outcome, names))
     part = study if kept.all() else study.restrict(kept)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ClusterWeightsWarning)           # said when the weights were made
+        for said in (DroppedUnitsWarning, OverlapWarning):                # when the weights were made
+            warnings.simplefilter("ignore", said)
         recipes = tuple(w if part is study else replace(w.refit(part), solutions={}) for w in (first, second))
         found = bootstrap(part, partial(_both, recipes=recipes, outcome=names[0] if outcome is None else outcome), replicates=replicates, seed=seed, workers=workers, progress=progress)
     labels = (first.label, second.label)
