@@ -67,7 +67,7 @@ SIZES = {
     "tiny": Size("Hierarchical weights: 400 controls in 20 clusters, 3 covariates.", partial(hierarchical, 400, 20, 3)),
 }
 PATHS = {"path": "M", "tiny-path": "tiny"}
-RANGES = ((100, 0.01), (10, 0.1))
+RANGES = ((100, 0.01), (10, 0.1), (1, 0.01))
 GROWTH = {"growth": {"n": (10_000, 20_000, 40_000, 80_000, 160_000), "K": (100, 200, 400, 800, 1600), "d": (5, 10, 20, 40, 60)},
           "tiny-growth": {"n": (400, 800), "K": (10, 20), "d": (2, 3)}}
 DEFAULT = [name for name in (*SIZES, *PATHS, *GROWTH) if not name.startswith("tiny")]

@@ -153,7 +153,7 @@ def _highest(f, low: np.ndarray, high: np.ndarray) -> np.ndarray:
 def worst_miss(m2, kurtosis, chi) -> np.ndarray:
     """The largest chance that an interval of half-length chi misses, over all distributions of the bias with E b² = m2 and E b⁴ ≤ kurtosis · m2².
 
-    m2 > 0, kurtosis ≥ 1 (infinite: no condition), chi > 0: numbers or arrays. Source: Armstrong, Kolesár & Plagborg-Møller (2022), section 4."""
+    m2 > 0, kurtosis ≥ 1 (infinite: no condition), chi > 0: numbers or arrays. Source: Armstrong, Kolesár & Plagborg-Møller (2022)."""
     m2, kurtosis, chi = np.broadcast_arrays(*(np.asarray(v, dtype=float) for v in (m2, kurtosis, chi)))
     top = np.maximum(np.minimum(kurtosis * m2, (chi + 8) ** 2), m2)             # beyond, r is 1 and does not grow
 
@@ -174,7 +174,7 @@ def worst_miss(m2, kurtosis, chi) -> np.ndarray:
 def robust_critical_value(m2, kurtosis, level: float = 0.95) -> np.ndarray:
     """The half-length, in standard errors of what noise is left, at which an interval around a shrunken estimate covers with chance `level` in the worst case.
 
-    m2 > 0, kurtosis ≥ 1 : as in `worst_miss`, numbers or arrays. Source: Armstrong, Kolesár & Plagborg-Møller (2022), section 4."""
+    m2 > 0, kurtosis ≥ 1 : as in `worst_miss`, numbers or arrays. Source: Armstrong, Kolesár & Plagborg-Møller (2022)."""
     from scipy.special import ndtri
     m2, kurtosis = np.broadcast_arrays(np.asarray(m2, dtype=float), np.asarray(kurtosis, dtype=float))
 

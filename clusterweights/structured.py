@@ -184,8 +184,8 @@ def diagonal(arrow: Arrow) -> np.ndarray:
     return np.concatenate([(arrow.scale**2 * arrow.products[:, arrow.column, arrow.column]).ravel(), whole])
 
 # %% ../nbs/06_structured.ipynb #9bc137e6
-_SEVERAL = 2**17     # numbers in the blocks that are inverted at a time, so that copies need little memory
-_POOR = 1e3          # a row of which the others explain all but a thousandth is nearly a repetition
+_SEVERAL = 2**18     # numbers in the blocks that are inverted at a time, so that copies need little memory
+_POOR = 1e5          # a row of which the others explain all but a hundred-thousandth is nearly a repetition
 
 
 def eliminate(arrow: Arrow, c: np.ndarray) -> None:
@@ -215,39 +215,41 @@ def _eliminate_blocks(arrow: Arrow, now: np.ndarray | slice, c: np.ndarray) -> N
     block *= scale[:, None, :]
     border = block[:, :, _picked(arrow.match)] * (arrow.factor / scale[:, arrow.match])[:, None] if arrow.nested else arrow.border[now]
     block[:, j, j] = block[:, j, j] * (1 + 1e-14) + c[now]                # a trifle more than asked, so that no block is singular
-    root = np.zeros_like(block)
-    _invert_root(block, root)
-    inverse = root.transpose(0, 2, 1) @ root
-    poor = np.flatnonzero((block[:, j, j] * root[:, j, j]**2).max(axis=1, initial=0.0) > _POOR)
+    inverse = _inverses(block)
+    poor = np.flatnonzero(~((block[:, j, j] * inverse[:, j, j]).max(axis=1, initial=0.0) <= _POOR))
     inverse[poor] = np.linalg.inv(block[poor])
     reach = inverse @ border
     reach[poor] += inverse[poor] @ (border[poor] - block[poor] @ reach[poor])
     arrow.inverse[now], arrow.reach[now] = inverse, reach
 
 
-def _invert_root(a: np.ndarray, out: np.ndarray) -> None:
-    """Put the inverse of the lower triangular L, with L L' = a, into `out` (zeros), for a stack (k, r, r) of positive definite a.
+def _inverses(a: np.ndarray) -> np.ndarray:
+    """The inverses of a stack (k, r, r) of positive definite matrices.
 
     By halves, since products of whole stacks are far faster than a factorisation of each matrix, and products of half the size most of the work."""
     half = a.shape[-1] // 2
     if half < 6:
-        return _invert_small_root(a, out)
-    _invert_root(a[:, :half, :half], out[:, :half, :half])
-    below = a[:, half:, :half] @ out[:, :half, :half].transpose(0, 2, 1)
-    _invert_root(a[:, half:, half:] - below @ below.transpose(0, 2, 1), out[:, half:, half:])
-    np.matmul(out[:, half:, half:], -below @ out[:, :half, :half], out=out[:, half:, :half])
+        return _small_inverses(a)
+    out, first = np.empty(a.shape), _inverses(a[:, :half, :half])
+    across = first @ a[:, :half, half:]
+    last = out[:, half:, half:] = _inverses(a[:, half:, half:] - a[:, half:, :half] @ across)
+    corner = np.matmul(across, -last, out=out[:, :half, half:])
+    out[:, half:, :half] = corner.transpose(0, 2, 1)
+    np.subtract(first, corner @ across.transpose(0, 2, 1), out=out[:, :half, :half])
+    return out
 
 
-def _invert_small_root(a: np.ndarray, out: np.ndarray) -> None:
-    "The same row by row, with the stack as the last axis."
-    a, x = a.transpose(1, 2, 0).copy(), out.transpose(1, 2, 0)
+def _small_inverses(a: np.ndarray) -> np.ndarray:
+    "The same through the inverse of the Cholesky factor, row by row, with the stack as the last axis."
+    a = a.transpose(1, 2, 0).copy()
     inner = np.zeros_like(a)
     for i in range(len(a)):
         row = np.einsum("jkg,kg->jg", inner[:i, :i], a[i, :i])
         root = 1 / np.sqrt(np.maximum(a[i, i] - (row**2).sum(axis=0), 1e-15 * a[i, i]))        # rounding errors may leave nothing
         inner[i, :i] = -root * np.einsum("jg,jkg->kg", row, inner[:i, :i])
         inner[i, i] = root
-    x[:] = inner
+    inner = np.ascontiguousarray(inner.transpose(2, 0, 1))
+    return inner.transpose(0, 2, 1) @ inner
 
 
 def _inverse(s: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
