@@ -260,11 +260,11 @@ def summary(self: Comparison) -> Table:
     t = self.table
     frame = pd.DataFrame({
         "estimate": t["estimate"], "std. error": t["std_error"], f"{100 * self.level:g}% low": t["conf_low"],
-        f"{100 * self.level:g}% high": t["conf_high"], "corrected": t["corrected"],
+        f"{100 * self.level:g}% high": t["conf_high"], "corrected": t["corrected"], "units": t["units"], "clusters": t["clusters"],
         **({"df": t["df"]} if np.isfinite(t["df"].astype(float)).any() else {}),
         **{f"ESS {arm}": t[f"ess_{arm}"] for arm in WEIGHTED_ARMS[self.estimand]}, "L2 global": t["l2_global"], "L2 local": t["l2_local"],
         "global, % less": t["global_reduction"], "local, % less": t["local_reduction"],
-        "units": t["units"], "clusters": t["clusters"], "status": t["status"]}).set_axis(t["label"].to_numpy())
+        "status": t["status"]}).set_axis(t["label"].to_numpy())
     places = f"z,.{decimals(t['std_error'].min())}f"
     formats = dict.fromkeys(frame, "z.3f") | dict.fromkeys(list(frame)[:5], places) | {"df": ".3g"} | dict.fromkeys(
         ["ESS treated", "ESS controls", "ESS respondents", "units", "clusters"], ",.0f") | dict.fromkeys(
