@@ -226,7 +226,12 @@ class Method:
     @functools.cached_property
     def options(self) -> tuple[str, ...]:
         "Names of the options that the method accepts."
-        return tuple(inspect.signature(self.function).parameters)[1:]
+        return tuple(self.defaults)
+
+    @property
+    def defaults(self) -> dict:
+        "Its options and what they are if left out."
+        return {name: p.default for name, p in list(inspect.signature(self.function).parameters.items())[1:]}
 
     def called(self, params: Mapping) -> str:
         "The label for these options."
@@ -823,11 +828,12 @@ def _top_share(w: np.ndarray) -> float:
 
 @patch
 def summary(self: Weights, balance: Balance | None = None) -> Table:
-    """What was done, for whom, how the weights look, what they balance, and how the solver fared.
+    """What was done (`lam`, and options that are not at their defaults), for whom, how the weights look, what they balance, and how the solver fared.
 
     balance : `self.balance()`, if it is at hand already."""
     kept, balanced = self.reason == "", self.balance() if balance is None else balance
-    options = ", ".join(f"{k}={_value(v)}" for k, v in self.params.items() if k != "estimand" and not (k == "target" and v is None))
+    usual = METHODS[self.method].defaults
+    options = ", ".join(f"{k}={_value(v)}" for k, v in self.params.items() if k == "lam" or k != "estimand" and _value(v) != _value(usual[k]))
     facts = {"method": f"{self.label} ({options})" if options else self.label,
              "estimand": f"{self.estimand}: " + ("of " if self.study.level == "survey" else "effect on ") + f"{self.target}"}
     for arm, mask in self.weighted_arms.items():
@@ -1004,8 +1010,7 @@ class LamPath:
     """One recipe along `lam`.
 
     table : one row for each, with lam (of two weighted arms the geometric mean), ess (of the weighted arms, the smaller), imbalance, and the estimate
-    (if
-    there is an outcome). choices : the same for "this recipe", and where the rules choose, for the "knee" of the path, "95% of attainable balance"
+    (if there is an outcome). choices : the same for "this recipe", and where the rules choose, for the "knee" of the path, "95% of attainable balance"
     along the path, and "held-out balance" (`lam="balance"`). label : of the method. measure : what imbalance is. notes : why a choice is missing."""
     table: pd.DataFrame
     choices: pd.DataFrame
