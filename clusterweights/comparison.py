@@ -32,8 +32,9 @@ import clusterweights.ipw  # noqa: F401
 import clusterweights.mundlak  # noqa: F401
 import clusterweights.softcal  # noqa: F401
 from . import __version__
-from .core import (ClusterWeightsError, ClusterWeightsWarning, EstimationError, InfeasibleError, InputError, SolverError, Table, caller_depth, check_output,
-                                 counted, decimals, interval_plot, listed, nearest, write_file)
+from .core import (ClusterWeightsError, ClusterWeightsWarning, DroppedUnitsWarning, EstimationError, InfeasibleError, InputError,
+                                 OverlapWarning, SolverError, Table, caller_depth, check_output, counted, decimals, interval_plot, listed,
+                                 nearest, write_file)
 from .framework import Balance, love_plot
 from .by_cluster import ClusterEffects, cluster_effects
 from .resampling import Bootstrap, bootstrap
@@ -57,13 +58,17 @@ class Comparison:
     """Several methods on one study. table : one row per method. weights, balances : `Weights` and `Balance` by method. errors : what
     failed, and why.
 
-    Columns of `table`: label, estimate, std_error, conf_low, conf_high, df (degrees of freedom of the interval, infinite: normal), corrected (the estimate corrected for remaining imbalance;
-    missing where the method has no outcome model, or the target lies outside the study), vcov (how the standard error was computed), ess_treated, ess_controls, ess_respondents, l2_global, l2_local
-    (after weighting), global_reduction, local_reduction (percent), units, clusters (target units kept, and their clusters), status.
+    Columns of `table`: label, estimate, std_error, conf_low, conf_high, df (degrees of freedom of the interval, infinite: normal), corrected (the
+    estimate corrected for remaining imbalance; missing where the method has no outcome model, or the target lies outside the study), vcov (how the
+    standard error was computed), ess_treated, ess_controls, ess_respondents, l2_global, l2_local (after weighting), global_reduction,
+    local_reduction (percent), units, clusters (target units kept, and their clusters), status.
     level : of the intervals. estimand : what is estimated.
-    ignored : options that change whom an estimate speaks of and that a method does not have. warnings : those that a method gave. methods : the registered method of each row. effects, sensitivities : effects by
-    cluster and sensitivity to what was not measured, of each method that has them, if they were asked for; refused : which methods have not, and why.
-    change : for the units of the hierarchical estimate, the balancing estimate, how far comparing within clusters moves it, and the standard error of that; or None."""
+    ignored : options that change whom an estimate speaks of and that a method does not have. warnings : those that a method gave. methods : the
+    registered method of each row.
+    effects, sensitivities : effects by cluster and sensitivity to what was not measured, of each method that has them, if they were asked for;
+    refused : which methods have not, and why.
+    change : for the units of the hierarchical estimate, the balancing estimate, how far comparing within clusters moves it, and the standard error
+    of that; or None."""
     study: Study
     table: pd.DataFrame
     weights: Mapping[str, Weights]
@@ -88,8 +93,8 @@ class Comparison:
     __repr__ = __str__
 
 # %% ../nbs/20_comparison.ipynb #8764885c
-_COLUMNS = ["label", "estimate", "std_error", "conf_low", "conf_high", "df", "corrected", "vcov", "ess_treated", "ess_controls", "ess_respondents", "l2_global",
-            "l2_local", "global_reduction", "local_reduction", "units", "clusters", "status"]
+_COLUMNS = ["label", "estimate", "std_error", "conf_low", "conf_high", "df", "corrected", "vcov", "ess_treated", "ess_controls", "ess_respondents",
+            "l2_global", "l2_local", "global_reduction", "local_reduction", "units", "clusters", "status"]
 _TARGETING = ("target", "cluster_weight")      # options that change whom an estimate speaks of
 _FAILURES = {InfeasibleError: "infeasible", SolverError: "no certified answer", EstimationError: "not estimable"}
 
@@ -115,7 +120,8 @@ _DEFAULT = ("unadjusted", "balancing", "ipw", "hierarchical", ("mundlak", {"vari
 def _suits(study: Study, name: str, estimand) -> bool:
     "Whether a method can be used in this study, for this estimand."
     method = METHODS[name]
-    return study.level in method.levels and (study.level == "survey" or estimand is None or str(estimand).upper() not in {e for m in METHODS.values() for e in m.estimands} - set(method.estimands))
+    others = {e for m in METHODS.values() for e in m.estimands} - set(method.estimands)
+    return study.level in method.levels and (study.level == "survey" or estimand is None or str(estimand).upper() not in others)
 
 
 def _entries(study, methods, options: Mapping) -> dict[str, tuple[str, dict]]:
@@ -127,7 +133,8 @@ def _entries(study, methods, options: Mapping) -> dict[str, tuple[str, dict]]:
     if methods is None:
         methods = [entry for entry in _DEFAULT if _suits(study, entry[0] if isinstance(entry, tuple) else entry, options.get("estimand"))]
     if isinstance(methods, str) or not methods:
-        raise InputError("methods must be a list of names, for example ['unadjusted', 'hierarchical'], or of names with options: ('ipw', {'model': 'none'}).")
+        raise InputError("methods must be a list of names, for example ['unadjusted', 'hierarchical'], "
+                         "or of names with options: ('ipw', {'model': 'none'}).")
     asked = [entry if isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[1], Mapping) else (entry, {}) for entry in methods]
     for name, own in asked:
         if name not in METHODS:
@@ -139,7 +146,8 @@ def _entries(study, methods, options: Mapping) -> dict[str, tuple[str, dict]]:
     for option in options:
         if option not in known:
             raise InputError(f"None of the methods {listed(methods)} has an option {option!r}." + nearest(option, known))
-    return {" ".join([name, *map(str, own.values())]): (name, dict(own) | {k: v for k, v in options.items() if k in METHODS[name].options}) for name, own in asked}
+    return {" ".join([name, *map(str, own.values())]): (name, dict(own) | {k: v for k, v in options.items() if k in METHODS[name].options})
+            for name, own in asked}
 
 
 def _give_again(caught: list, label: str) -> None:
@@ -173,6 +181,11 @@ def _run(study: Study, entries: Mapping[str, tuple[str, dict]], level: float, vc
 _SAME = ", same clusters"
 
 
+def _first(name: str, names) -> bool:
+    "Whether a row is a method's only one, or the first of two."
+    return not (name.endswith(_SAME) and name.removesuffix(_SAME) in names)
+
+
 def _again_where(study: Study, weights: Mapping[str, Weights]) -> tuple[Study | None, list[str]]:
     "The study of the units that all methods keep (None if they keep the same), and the keys of the methods that keep more."
     kept = {name: w.reason == "" for name, w in weights.items() if w.outside is None}
@@ -185,18 +198,21 @@ def _again_where(study: Study, weights: Mapping[str, Weights]) -> tuple[Study | 
     return (None, []) if part is None or part.level != study.level else (part, more)
 
 
-def compare(study: Study, methods: Sequence | None = None, *, level: float = 0.95, vcov: str = "auto", same_clusters: bool | None = None, by_cluster: bool = False,
-            sensitivity: bool = False, **options) -> Comparison:
+def compare(study: Study, methods: Sequence | None = None, *, level: float = 0.95, vcov: str = "auto", same_clusters: bool | None = None,
+            by_cluster: bool = False, sensitivity: bool = False, **options) -> Comparison:
     """Run several methods on one study and put their results side by side.
 
-    methods : names of registered methods, in the order of the table, or names with options of their own, ("ipw", {"model": "none"}); default: those of unadjusted, balancing, ipw (random intercept), hierarchical, both
-    variants of mundlak and cos that can be used in this study. level : of the intervals. vcov : the standard error, as in `Weights.estimate`.
-    same_clusters : methods within clusters leave out clusters that lack an arm, others do not. None (default): those that keep more units are run again on the units that all keep, in rows of their own, which tells a change of method
-    from a change of population; False: not again; True: on these units only.
-    by_cluster, sensitivity : whether to add effects by cluster (`cluster_effects`) and sensitivity to what was not measured (`sensitivity_analysis`, with 199 draws), where a method allows it. options : passed to each method that
-    has an option of that name: estimand ("ATT", "ATC", "ATE", "ATO"), lam, tolerance, bounds, max_share, cluster_weight, target, solver; what they
-    mean is said at `hierarchical_weights` and `balancing_weights`. A method that finds no weights stays in the table with its reason; any other
-    error is raised. Warnings say which method they are about."""
+    methods : names of registered methods, in the order of the table, or names with options of their own, ("ipw", {"model": "none"}); default: those
+    of unadjusted, balancing, ipw (random intercept), hierarchical, both variants of mundlak and cos that can be used in this study.
+    level : of the intervals. vcov : the standard error, as in `Weights.estimate`.
+    same_clusters : methods within clusters leave out clusters that lack an arm, others do not. None (default): those that keep more units are run
+    again on the units that all keep, in rows of their own, which tells a change of method from a change of population; False: not again; True: on
+    these units only.
+    by_cluster, sensitivity : whether to add effects by cluster (`cluster_effects`) and sensitivity to what was not measured
+    (`sensitivity_analysis`, with 199 draws), where a method allows it.
+    options : passed to each method that has an option of that name: estimand ("ATT", "ATC", "ATE", "ATO"), lam, tolerance, bounds, max_share,
+    cluster_weight, target, solver; what they mean is said at `hierarchical_weights` and `balancing_weights`.
+    A method that finds no weights stays in the table with its reason; any other error is raised. Warnings say which method they are about."""
     entries = _entries(study, methods, options)
     estimand = canonical_estimand(options.get("estimand"), METHODS[next(iter(entries.values()))[0]], study)
     found = _run(study, entries, level, vcov)
@@ -216,9 +232,16 @@ def compare(study: Study, methods: Sequence | None = None, *, level: float = 0.9
 
 def _analyses(weights: Mapping[str, Weights], by_cluster: bool, sensitivity: bool) -> tuple[dict, dict, list[str]]:
     "Effects by cluster and sensitivity for each method, if asked for, and what was refused and why."
-    effects, effects_refused = _where_possible("effects by cluster", cluster_effects, weights) if by_cluster else ({}, [])
-    bounds, bounds_refused = _where_possible("sensitivity", partial(sensitivity_analysis, replicates=199, progress=False), weights) if sensitivity else ({}, [])
+    effects, effects_refused = _where_possible("effects by cluster", _effects, weights) if by_cluster else ({}, [])
+    bounded = partial(sensitivity_analysis, replicates=199, progress=False)
+    bounds, bounds_refused = _where_possible("sensitivity", bounded, weights) if sensitivity else ({}, [])
     return effects, bounds, effects_refused + bounds_refused
+
+
+def _effects(weights: Weights) -> ClusterEffects:
+    """Effects by cluster, corrected for the imbalance that is left in each where the method adjusts for covariates at all: else it would count as
+    spread."""
+    return cluster_effects(weights, bias_corrected=METHODS[weights.method].knows(weights.params) != "none")
 
 
 def _where_possible(what: str, analyse: Callable, weights: Mapping[str, Weights]) -> tuple[dict, list[str]]:
@@ -227,7 +250,7 @@ def _where_possible(what: str, analyse: Callable, weights: Mapping[str, Weights]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ClusterWeightsWarning)           # said when the weights were made, or part of the result
         for name, w in weights.items():
-            if not name.endswith(_SAME):
+            if _first(name, weights):
                 try:
                     found[name] = analyse(w)
                 except ClusterWeightsError as error:
@@ -241,10 +264,11 @@ def summary(self: Comparison) -> Table:
     t = self.table
     frame = pd.DataFrame({
         "estimate": t["estimate"], "std. error": t["std_error"], f"{100 * self.level:g}% low": t["conf_low"],
-        f"{100 * self.level:g}% high": t["conf_high"], "corrected": t["corrected"], **({"df": t["df"]} if np.isfinite(t["df"].astype(float)).any() else {}),
+        f"{100 * self.level:g}% high": t["conf_high"], "corrected": t["corrected"], "units": t["units"], "clusters": t["clusters"],
+        **({"df": t["df"]} if np.isfinite(t["df"].astype(float)).any() else {}),
         **{f"ESS {arm}": t[f"ess_{arm}"] for arm in WEIGHTED_ARMS[self.estimand]}, "L2 global": t["l2_global"], "L2 local": t["l2_local"],
         "global, % less": t["global_reduction"], "local, % less": t["local_reduction"],
-        "units": t["units"], "clusters": t["clusters"], "status": t["status"]}).set_axis(t["label"].to_numpy())
+        "status": t["status"]}).set_axis(t["label"].to_numpy())
     places = f"z,.{decimals(t['std_error'].min())}f"
     formats = dict.fromkeys(frame, "z.3f") | dict.fromkeys(list(frame)[:5], places) | {"df": ".3g"} | dict.fromkeys(
         ["ESS treated", "ESS controls", "ESS respondents", "units", "clusters"], ",.0f") | dict.fromkeys(
@@ -252,33 +276,60 @@ def summary(self: Comparison) -> Table:
     outcome = self.study.columns["outcome"][0]
     title = (f"{self.estimand.capitalize()} of {outcome}" if self.study.level == "survey" else
              f"Effect of {self.study.contrast} on {outcome} ({self.estimand})")
-    return Table(frame, title=title, notes=self._notes() + [f"{self.table.loc[name, 'label']}: {error}" for name, error in self.errors.items()], formats=formats)
+    return Table(frame, title=title, notes=self._notes() + [f"{self.table.loc[name, 'label']}: {error}" for name, error in self.errors.items()],
+                 formats=formats)
 
 
 @patch
 def _notes(self: Comparison) -> list[str]:
     "What the table's columns mean, and the `lam` of methods that have one."
-    prices = {w.label: w.params["lam"] for name, w in self.weights.items() if "lam" in w.params}
+    prices = {self.table.loc[name, "label"]: w.params["lam"] for name, w in self.weights.items() if "lam" in w.params and _first(name, self.weights)}
     said = "; ".join(f"{label} " + (", ".join(f"{v:.3g} for the {arm}" for arm, v in lam.items()) if isinstance(lam, Mapping) else f"{lam:.3g}")
                      for label, lam in prices.items())
     kinds = list(dict.fromkeys(self.table["vcov"].dropna()))
     counted_units = [kind for kind in kinds if kind.startswith("residualised, for the units")]
-    return ["std. error: " + ("of chance among these units in these clusters, not for other clusters (not cluster-robust)." if kinds == counted_units else f"{'; '.join(kinds)}."),
-            "corrected: the estimate after an outcome model has corrected it for the imbalance that is left. If it differs by more than chance, balance was not good enough.",
+    return ["std. error: " + ("of chance among these units in these clusters, not for other clusters (not cluster-robust)."
+                              if kinds == counted_units else f"{'; '.join(kinds)}."),
+            "corrected: the estimate after an outcome model has corrected it for the imbalance that is left. If it differs by more than "
+            "chance, balance was not good enough.",
             "ESS: effective sample size. L2: root mean square of standardised differences after weighting, over the whole "
             "sample (global) and within clusters (local), and by how many percent it fell.",
-            f"units, clusters: whom the estimate speaks of, among {TARGET_NOUNS[self.estimand]}."] + ([f"lam, the price of uneven weights: {said}."] if said else [])
+            f"units, clusters: whom the estimate speaks of, among {TARGET_NOUNS[self.estimand]}.",
+            *([f"lam, the price of uneven weights: {said}."] if said else [])]
 
 # %% ../nbs/20_comparison.ipynb #311ae666
+def _forest_series(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame, bool, float]]:
+    "What the forest plot draws: label, one row per method, filled dots or not, and shift. Rows run twice are two series."
+    own = table[[_first(name, table.index) for name in table.index]]
+    twice = [name for name in own.index if name + _SAME in table.index]
+    if not twice:
+        return [("estimate", own, True, 0.0)]
+    common = table.loc[[name + _SAME if name in twice else name for name in own.index]].set_axis(own.index)
+    return [("on all units that a method keeps", own.loc[twice].reindex(own.index), True, -0.22),
+            ("on the units that all methods keep", common, False, 0.13)]
+
+
 @patch
 def plot(self: Comparison, ax=None):
-    "Forest plot: each method's estimate and interval; returns the Axes."
-    t = self.table
-    ax = interval_plot(list(t["label"]), t["estimate"], t["conf_low"], t["conf_high"], ax=ax, label="estimate", reference=None if self.study.level == "survey" else 0.0)
-    moved = (t["corrected"] - t["estimate"]).abs() > 0.01 * t["std_error"]
-    if moved.any():
-        interval_plot(list(t["label"]), t["corrected"].where(moved), ax=ax, filled=False, marker="D", shift=0.25, label="corrected for remaining imbalance", reference=None)
-        ax.legend(fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
+    """Forest plot: each method's estimate and interval; returns the Axes.
+
+    Methods that were run again on the units that all keep have two dots in their row; those on the same units, hollow, may be compared."""
+    t, series = self.table, _forest_series(self.table)
+    labels = list(t.loc[series[0][1].index, "label"])
+    if ax is None:
+        import matplotlib.pyplot as plt
+        _, ax = plt.subplots(figsize=(6.5, 0.9 + (0.18 + 0.14 * len(series)) * len(labels) + 0.25 * (len(series) - 1)), layout="constrained")
+    moved = [(part["corrected"] - part["estimate"]).abs() > 0.01 * part["std_error"] for _, part, _, _ in series]
+    for label, part, filled, shift in series:
+        interval_plot(labels, part["estimate"], part["conf_low"], part["conf_high"], ax=ax, label=label, filled=filled, shift=shift,
+                      reference=None if self.study.level == "survey" else 0.0)
+    for (_, part, _, shift), far in zip(series, moved):
+        interval_plot(labels, part["corrected"].where(far), ax=ax, filled=False, marker="D", shift=shift + 0.25 / len(series),
+                      label="corrected for remaining imbalance" if far.any() else None, reference=None)
+    if len(series) > 1 or any(far.any() for far in moved):
+        handles = dict(zip(*ax.get_legend_handles_labels()[::-1]))                # the diamonds of two series are one entry
+        ax.legend(handles.values(), handles, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=1 if len(series) > 1 else 2,
+                  frameon=False)
     what = f"{self.estimand} of" if self.study.level == "survey" else f"effect of {self.study.contrast} on"
     ax.set_xlabel(f"{what} {self.study.columns['outcome'][0]} ({100 * self.level:g}% interval)", parse_math=False)
     return ax
@@ -286,9 +337,10 @@ def plot(self: Comparison, ax=None):
 # %% ../nbs/20_comparison.ipynb #8b73a849
 @patch
 def plot_balance(self: Comparison, axes=None):
-    "Love plot of what each method (at most 8) leaves, each on the units it keeps; returns the three Axes. `balances[name].plot()` shows one method before and after."
-    left = {self.table.loc[name, 'label']: b.differences["after weighting"] for name, b in self.balances.items() if not name.endswith(_SAME)}
-    return love_plot(self.study.names, left or {self.table.loc[name, 'label']: b.differences["after weighting"] for name, b in self.balances.items()}, axes)
+    """Love plot of what each method (at most 8) leaves, each on the units it keeps; returns the three Axes. `balances[name].plot()` shows one method
+    before and after."""
+    left = {self.table.loc[name, 'label']: b.differences["after weighting"] for name, b in self.balances.items() if _first(name, self.balances)}
+    return love_plot(self.study.names, left, axes)
 
 # %% ../nbs/20_comparison.ipynb #659943b8
 _NOTICEABLE = 0.1    # the usual threshold for a standardised difference
@@ -333,8 +385,9 @@ def _change_in_words(c: Comparison) -> list[str]:
     p, quantile = decimals(error), float(ndtri(0.5 + c.level / 2))
     same = c.table.loc["balancing", "units"] == c.table.loc["hierarchical", "units"]
     text = ("Comparing within clusters instead of across them moves the estimate" if same else
-            f"Among the {c.table.loc['hierarchical', 'units']:,} units that {c.table.loc['hierarchical', 'label']} speaks of, {c.table.loc['balancing', 'label']} gives "
-            f"{across:z,.{p}f}; comparing within clusters moves that") + f" by {change:+,.{p}f} (standard error of the change {error:,.{p}f})"
+            f"Among the {c.table.loc['hierarchical', 'units']:,} units that {c.table.loc['hierarchical', 'label']} speaks of, "
+            f"{c.table.loc['balancing', 'label']} gives {across:z,.{p}f}; comparing within clusters moves that"
+            ) + f" by {change:+,.{p}f} (standard error of the change {error:,.{p}f})"
     return [text + (": no more than chance would, so these data do not show that clusters matter beyond the covariates, nor do they rule it out."
                     if abs(change) < quantile * error else ": more than chance would. Either clusters differ in ways that the covariates do not "
                     "capture, or a covariate matters in another way than through its mean: try powers and interactions.")]
@@ -345,13 +398,14 @@ def _estimates(c: Comparison) -> list[str]:
     out = []
     for _, row in done.iterrows():
         p = decimals(row["std_error"])
-        out.append(f"{row['label']}: {row['estimate']:z,.{p}f} ({100 * c.level:g}% interval {row['conf_low']:z,.{p}f} to {row['conf_high']:z,.{p}f}).")
+        out.append(f"{row['label']}: {row['estimate']:z,.{p}f} ({100 * c.level:g}% interval {row['conf_low']:z,.{p}f} "
+                   f"to {row['conf_high']:z,.{p}f}).")
     return out + _change_in_words(c)
 
 
 def _imbalances(c: Comparison) -> list[str]:
     out = []
-    for name, balance in c.balances.items():
+    for name, balance in ((name, balance) for name, balance in c.balances.items() if _first(name, c.balances)):
         left = balance.table["SMD, weighted"].abs()
         large = left.index[left > _NOTICEABLE]
         if len(large):
@@ -359,10 +413,12 @@ def _imbalances(c: Comparison) -> list[str]:
     local = c.table.loc[list(c.weights), "l2_local"]
     if local.isna().any():
         out.append("Local imbalance is not defined: " + ("population totals have no clusters." if c.study.totals is not None else
-                                                         "whole clusters were treated." if c.study.level == "cluster" else "no cluster has two units in each arm."))
+                                                         "whole clusters were treated." if c.study.level == "cluster" else
+                                                         "no cluster has two units in each arm."))
     elif len(local) and c.table.loc[list(c.weights), "local_reduction"].max() < _LITTLE:
         best = local.idxmin()
-        out.append(f"Within clusters large differences remain, whatever the method ({local[best]:.3f} standard deviations with {c.table.loc[best, 'label']}"
+        out.append(f"Within clusters large differences remain, whatever the method ({local[best]:.3f} standard deviations "
+                   f"with {c.table.loc[best, 'label']}"
                    + (f", {local['unadjusted']:.3f} unadjusted" if "unadjusted" in local.index and best != "unadjusted" else "")
                    + "): the clusters are too small, or their arms too different, for these covariates.")
     elif len(local) > 1 and c.table.loc[list(c.weights), "units"].nunique() == 1:
@@ -373,11 +429,14 @@ def _imbalances(c: Comparison) -> list[str]:
 
 
 def _targets(c: Comparison) -> list[str]:
-    out = []
+    out, narrower = [], {}
     for name, weights in c.weights.items():
-        target = weights.target
-        if target.units < target.all_units:
-            out.append(f"{c.table.loc[name, 'label']} speaks only of {target}; its estimate answers a narrower question than one that speaks of all.")
+        if weights.target.units < weights.target.all_units:
+            narrower.setdefault(str(weights.target), []).append(c.table.loc[name, "label"])
+    for target, labels in narrower.items():
+        who, answers = ((f"{labels[0]} speaks", "its estimate answers") if len(labels) == 1 else
+                        (f"{listed(labels, most=len(labels))} speak", "their estimates answer"))
+        out.append(f"{who} only of {target}; {answers} a narrower question than one that speaks of all.")
     out += [f"{c.table.loc[name, 'label']} does not know {listed(own)} and speaks of the study's own units." for name, own in c.ignored.items()]
     return out + [f"{c.table.loc[name, 'label']} gave no estimate: {error}" for name, error in c.errors.items()]
 
@@ -388,7 +447,8 @@ def _beyond(c: Comparison) -> list[str]:
     for name, effects in c.effects.items():
         size = f"{effects.tau:.{decimals(c.table.loc[name, 'std_error'])}f}"
         out.append(f"{c.table.loc[name, 'label']}: effects of clusters vary by a standard deviation of {size}" + (
-            f", more than chance (p = {effects.q_p_value:.2g})." if effects.q_p_value < 0.05 else f"; that they are all alike cannot be ruled out (p = {effects.q_p_value:.2g})."))
+            f", more than chance (p = {effects.q_p_value:.2g})." if effects.q_p_value < 0.05 else
+            f"; that they are all alike cannot be ruled out (p = {effects.q_p_value:.2g})."))
     return out + [f"{c.table.loc[name, 'label']}: {found.sentence()}" for name, found in c.sensitivities.items()] + list(c.refused)
 
 
@@ -408,7 +468,8 @@ def _repr_html_(self: Comparison) -> str:
 # %% ../nbs/20_comparison.ipynb #e9dc5b8e
 @dataclass(frozen=True, eq=False, repr=False)
 class Agreement:
-    """Two methods on the same units, and how far apart they are. labels : of the two. replicates : the `Bootstrap` of both estimates and of "difference" (second minus first). units, clusters : on which both were run.
+    """Two methods on the same units, and how far apart they are. labels : of the two. replicates : the `Bootstrap` of both estimates and of
+    "difference" (second minus first). units, clusters : on which both were run.
     term : the estimand."""
     labels: tuple[str, str]
     replicates: Bootstrap
@@ -442,14 +503,17 @@ class Agreement:
         p, places = self.p_value, decimals(self.std_error)
         size = f"{self.labels[1]} minus {self.labels[0]}: {self.difference:+,.{places}f} (standard error {self.std_error:,.{places}f}, p = {p:.2g})."
         if p < 0.05:
-            return (f"{size} More than chance would do: the two cannot both be right. Either one assumption fails (clusters differ in ways that the covariates and what is known of clusters do not show), or one of them "
+            return (f"{size} More than chance would do: the two cannot both be right. Either one assumption fails (clusters differ in "
+                    "ways that the covariates and what is known of clusters do not show), or one of them "
                     "has not balanced what matters; look at what each leaves unbalanced.")
-        return (f"{size} No more than chance would do. That is no proof of either assumption: both may be biased alike, and a small study cannot tell much.")
+        return (f"{size} No more than chance would do. That is no proof of either assumption: both may be biased alike, "
+                "and a small study cannot tell much.")
 
     def summary(self) -> Table:
         "Both estimates and their difference with bootstrap intervals."
         table = self.replicates.summary(kind="basic")
-        return Table(table.frame, title=f"Agreement of two methods ({self.term}, {self.units:,} units in {self.clusters:,} clusters)", notes=[*table.notes, self.reading()], formats=table.formats)
+        return Table(table.frame, title=f"Agreement of two methods ({self.term}, {self.units:,} units in {self.clusters:,} clusters)",
+                     notes=[*table.notes, self.reading()], formats=table.formats)
 
     def __str__(self) -> str: return str(self.summary())
     __repr__ = __str__
@@ -470,10 +534,12 @@ def _both(study: Study, recipes: tuple[Weights, Weights], outcome) -> dict[str, 
     return {"first": first, "second": second, "difference": second - first}
 
 
-def agreement(first: Weights, second: Weights, *, outcome=None, replicates: int = 999, seed: int | np.random.Generator = 0, workers: int | None = None, progress: bool = True) -> Agreement:
+def agreement(first: Weights, second: Weights, *, outcome=None, replicates: int = 999, seed: int | np.random.Generator = 0,
+              workers: int | None = None, progress: bool = True) -> Agreement:
     """Test whether two methods agree on the units that both keep, by a bootstrap of clusters in which both weights are fitted anew.
 
-    first, second : `Weights` of the same study and estimand; their `lam` stays what it was. outcome : name of one of the study's (default: the first). replicates, seed, workers, progress : as in `bootstrap`.
+    first, second : `Weights` of the same study and estimand; their `lam` stays what it was. outcome : name of one of the study's (default: the
+    first). replicates, seed, workers, progress : as in `bootstrap`.
     Raises `InputError` for weights of different studies or estimands, and for a target from outside.
     Source: Ben-Michael, Feller & Keele (2026), sections 8 and 9, for the comparison; the bootstrap test of Davison & Hinkley (1997), section 4.4."""
     if first.study is not second.study or first.estimand != second.estimand:
@@ -486,12 +552,15 @@ def agreement(first: Weights, second: Weights, *, outcome=None, replicates: int 
         raise InputError("The study has no outcome." if not names else f"The study has no outcome {outcome!r}." + nearest(outcome, names))
     part = study if kept.all() else study.restrict(kept)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ClusterWeightsWarning)           # said when the weights were made
+        for said in (DroppedUnitsWarning, OverlapWarning):                # when the weights were made
+            warnings.simplefilter("ignore", said)
         recipes = tuple(w if part is study else replace(w.refit(part), solutions={}) for w in (first, second))
-        found = bootstrap(part, partial(_both, recipes=recipes, outcome=names[0] if outcome is None else outcome), replicates=replicates, seed=seed, workers=workers, progress=progress)
+        statistic = partial(_both, recipes=recipes, outcome=names[0] if outcome is None else outcome)
+        found = bootstrap(part, statistic, replicates=replicates, seed=seed, workers=workers, progress=progress)
     labels = (first.label, second.label)
     named = dict(zip(["first", "second"], labels if labels[0] != labels[1] else [f"{labels[0]} (1)", f"{labels[1]} (2)"]))
-    return Agreement(labels, replace(found, observed=found.observed.rename(named), draws=found.draws.rename(columns=named)), part.n, len(part.labels), first.estimand)
+    replicated = replace(found, observed=found.observed.rename(named), draws=found.draws.rename(columns=named))
+    return Agreement(labels, replicated, part.n, len(part.labels), first.estimand)
 
 # %% ../nbs/20_comparison.ipynb #5bc4e44e
 _STYLE = """
@@ -695,14 +764,16 @@ _OUTCOME_MODELS = {"none": "without an outcome model", "covariates": "with the o
                    "covariates and clusters": "with the outcome modelled by the covariates and a level for each cluster",
                    "cluster covariates": "with the outcome modelled by the covariates of clusters",
                    "covariates and cluster means": "with the outcome modelled by the covariates and their means in the cluster",
-                   "covariates, cluster means and clusters": "with the outcome modelled by the covariates, their means in the cluster and a level for each cluster"}
+                   "covariates, cluster means and clusters": "with the outcome modelled by the covariates, their means in the cluster "
+                                                             "and a level for each cluster"}
 
 
 def _methods_section(c: Comparison) -> str:
     out = "<dl>\n"
     for name in c.table.index:
         method = METHODS[c.methods.get(name, name)]
-        what = f"{inspect.getdoc(method.function).splitlines()[0]} Standard error {_OUTCOME_MODELS[method.knows(c.weights[name].params if name in c.weights else {})]}."
+        knows = method.knows(c.weights[name].params if name in c.weights else {})
+        what = f"{inspect.getdoc(method.function).splitlines()[0]} Standard error {_OUTCOME_MODELS[knows]}."
         out += f"<dt>{_text(c.table.loc[name, 'label'])}</dt>\n<dd>{_text(what)}</dd>\n"
         out += f"<dd>It gave no estimate: {_text(c.table.loc[name, 'status'])}.</dd>\n" if name in c.errors else ""
     facts = [w.summary(c.balances[name]).cells()[""].rename(c.table.loc[name, 'label']) for name, w in c.weights.items()]
@@ -820,9 +891,11 @@ def report(self: Comparison, path: str | os.PathLike, *, title: str | None = Non
     sections = {
         "In words": _items(_sentences(self)), "The study": _study_section(self), "Whom the estimates speak of": _whom_section(self),
         "The methods": _methods_section(self), "The estimates": _results_section(self), "Balance and weights": _balance_section(self),
-        **({"Effects by cluster": _analyses_section(self, self.effects, "effects", lambda e: 1.5 + 0.16 * min(len(e.table), 120), "the effect in each cluster, raw and shrunken")}
+        **({"Effects by cluster": _analyses_section(self, self.effects, "effects", lambda e: 1.5 + 0.16 * min(len(e.table), 120),
+                                                     "the effect in each cluster, raw and shrunken")}
            if self.effects else {}),
-        **({"Sensitivity": _analyses_section(self, self.sensitivities, "sensitivity", lambda s: 3.6, "bounds of the estimate for every factor by which weights may be wrong")}
+        **({"Sensitivity": _analyses_section(self, self.sensitivities, "sensitivity", lambda s: 3.6,
+                                               "bounds of the estimate for every factor by which weights may be wrong")}
            if self.sensitivities else {}),
         "Warnings": _items(said) if said else "<p>The methods gave none.</p>\n",
         "What no data can check": _items(_SURVEY_ASSUMPTIONS if study.level == "survey" else _ASSUMPTIONS),

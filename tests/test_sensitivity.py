@@ -2,6 +2,7 @@
 
 import itertools
 import pickle
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,8 @@ from helpers import pupils, schools
 from numpy.testing import assert_allclose
 from scipy.optimize import linprog
 
-from clusterweights import InputError, Study, balancing_weights, hierarchical_weights, sensitivity_analysis, unadjusted_weights
+from clusterweights import (DroppedUnitsWarning, InputError, OverlapWarning, Study, balancing_weights, hierarchical_weights,
+                            sensitivity_analysis, unadjusted_weights)
 from clusterweights.sensitivity import TiltedMean
 
 pytestmark = pytest.mark.filterwarnings("ignore::clusterweights.core.ClusterWeightsWarning")
@@ -234,3 +236,13 @@ def test_refusals():
         quick(balancing_weights(survey))
     with pytest.raises(InputError, match="outside"):
         quick(balancing_weights(study(), estimand="ATE", target={"age": 0.0, "income": 0.5}))
+
+
+def test_what_weights_have_said_is_not_said_again():
+    lost = study(DATA[(DATA["school"] != DATA["school"].iloc[0]) | (DATA["late"] == 1)])
+    weights = hierarchical_weights(lost, lam=1.0, tolerance="auto")
+    assert weights.target.units < weights.target.all_units
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        sensitivity_analysis(weights, replicates=5, progress=False)
+    assert not [w for w in heard if issubclass(w.category, (DroppedUnitsWarning, OverlapWarning))]
