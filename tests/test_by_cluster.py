@@ -15,7 +15,7 @@ from clusterweights import (ClusterWeightsWarning, EstimationError, InputError, 
 from clusterweights.by_cluster import effect_kurtosis, pool_effects, robust_critical_value, robust_half, worst_miss
 
 pytestmark = pytest.mark.filterwarnings("ignore::clusterweights.core.ClusterWeightsWarning")
-DATA = schools(n_schools=9, size=18, seed=4).assign(people=lambda d: 1 + np.arange(len(d)) % 3)
+DATA = schools(n_schools=9, size=18, seed=4).assign(people=lambda d: 1 + np.arange(len(d)) // 2 % 3)
 ROLES = {"treat": "late", "cluster": "school", "covs": ["age", "income"], "outcome": "score"}
 
 
@@ -67,6 +67,7 @@ def test_effect_and_error_by_hand():
     g = frame[frame["cluster"] == 3]
     one, zero = g[g["treated"].astype(bool)], g[~g["treated"].astype(bool)]
     assert_allclose(found.table.loc[3, "effect"], np.average(one["score"], weights=one["weight"]) - np.average(zero["score"], weights=zero["weight"]), rtol=1e-12)
+    assert found.table["ess_treated"].max() < found.table["treated"].min()
     inverse = sum((v["weight"] ** 2).sum() / v["weight"].sum() ** 2 for v in (one, zero))
     assert_allclose(found.table.loc[3, "std_error"], np.sqrt(found.variance * inverse), rtol=1e-12)
 
@@ -191,6 +192,15 @@ def test_no_distribution_misses_more_often():
         chi, m2 = rng.uniform(1.5, 5), p @ t
         b = np.sqrt(t)
         assert p @ (norm.cdf(-chi - b) + norm.cdf(-chi + b)) <= worst_miss(m2, p @ t**2 / m2**2, chi) + 1e-9
+
+
+def test_standard_errors_of_the_mean_are_never_below_those_of_known_spread():
+    w = hierarchical_weights(study(), 1.0)
+    found = cluster_effects(w, study().to_rows(np.random.default_rng(1).normal(size=study().n)))
+    p = found.pooled
+    ratio = ((p.effects - p.fitted) ** 2 / (p.variances + p.tau2)).sum() / p.df
+    assert p.tau2 == 0 and ratio < 0.9                                          # less spread than noise alone would make
+    assert_allclose(found.coefficients()["std_error"], (1 / p.variances).sum() ** -0.5)
 
 
 def test_units_of_covariates_do_not_matter():
