@@ -186,7 +186,7 @@ def worst_miss(m2, kurtosis, chi) -> np.ndarray:
     E b⁴ ≤ kurtosis · m2².
 
     m2 > 0, kurtosis ≥ 1 (infinite: no condition), chi > 0 : numbers or arrays. Returns an array of their common shape.
-    Source: Armstrong, Kolesár & Plagborg-Møller (2022), section 4."""
+    Source: Armstrong, Kolesár & Plagborg-Møller (2022)."""
     m2, kurtosis, chi = np.broadcast_arrays(*(np.asarray(v, dtype=float) for v in (m2, kurtosis, chi)))
     top = np.maximum(np.minimum(kurtosis * m2, (chi + 8) ** 2), m2)             # beyond, r is 1 and does not grow
 
@@ -217,7 +217,7 @@ def robust_critical_value(m2, kurtosis, level: float = 0.95) -> np.ndarray:
     with chance `level` in the worst case.
 
     m2 > 0, kurtosis ≥ 1 : as in `worst_miss`, numbers or arrays. Returns an array of their common shape. Raises `InputError` for
-    numbers out of range. Source: Armstrong, Kolesár & Plagborg-Møller (2022), section 4."""
+    numbers out of range. Source: Armstrong, Kolesár & Plagborg-Møller (2022)."""
     from scipy.special import ndtri
     m2, kurtosis = np.broadcast_arrays(np.asarray(m2, dtype=float), np.asarray(kurtosis, dtype=float))
     if not (np.isfinite(m2) & (m2 > 0) & (kurtosis >= 1)).all():
@@ -242,7 +242,7 @@ def robust_critical_value(m2, kurtosis, level: float = 0.95) -> np.ndarray:
 def robust_half(pooled: Pooled, kurtosis: float, level: float = 0.95) -> np.ndarray:
     """(K,) half-lengths of the robust intervals around `pooled.shrunken`: the critical value times the noise that is left.
 
-    kurtosis : of the true effects, ≥ 1. level : of the intervals. Source: Armstrong, Kolesár & Plagborg-Møller (2022), section 3."""
+    kurtosis : of the true effects, ≥ 1. level : of the intervals. Source: Armstrong, Kolesár & Plagborg-Møller (2022)."""
     m2 = (1 - pooled.shrinkage) ** 2 * pooled.used / pooled.noise**2
     return robust_critical_value(m2, kurtosis, level) * pooled.noise
 

@@ -83,7 +83,7 @@ def _treated(column: pd.Series, word: str):
 # %% ../nbs/21_cli.ipynb #0625831d
 _DEMO = """\
 Some pupils joined Tennessee's STAR schools only in grade 1, not in kindergarten. What did late entry cost them in mathematics, in
-standard deviations? Late pupils differ from the others, and the schools they enter differ too: the school may confound. Three
+standard deviations? Late pupils differ from the others, and the schools they enter differ too: the school may confound. Six
 ways to compare them follow."""
 
 

@@ -471,7 +471,7 @@ def agreement(first: Weights, second: Weights, *, outcome=None, replicates: int 
 
     first, second : `Weights` of the same study and estimand; their `lam` stays what it was. outcome : name of one of the study's (default: the first). replicates, seed, workers, progress : as in `bootstrap`.
     Raises `InputError` for weights of different studies or estimands, and for a target from outside.
-    Source: Ben-Michael, Feller & Keele (2026), section 8; the bootstrap of Davison & Hinkley (1997), section 4.4."""
+    Source: Ben-Michael, Feller & Keele (2026), sections 8 and 9, for the comparison; the bootstrap test of Davison & Hinkley (1997), section 4.4."""
     if first.study is not second.study or first.estimand != second.estimand:
         raise InputError("agreement compares two methods on one study, for one estimand.")
     if first.outside is not None or second.outside is not None:

@@ -181,7 +181,8 @@ class Certificate:
         return ("certified" if self.ok else f"NOT certified ({', '.join(self.failures)})") + f": {values}"
 
 # %% ../nbs/00_core.ipynb #f410589b
-def _wrapped(text: str) -> str: return textwrap.fill(text, 100, subsequent_indent="  ", break_on_hyphens=False)
+def _wrapped(text: str, name: str = "", indent: str = "  ") -> str:
+    return textwrap.fill(text, 100, initial_indent=name, subsequent_indent=indent, break_on_hyphens=False)
 
 
 @dataclass(frozen=True)
@@ -202,8 +203,14 @@ class Table:
                              for name in self.frame}, index=self.frame.index, columns=self.frame.columns, dtype=object)
 
     def __str__(self) -> str:
-        body = self.cells().to_string(sparsify=False, header=list(self.frame) != [""]) if len(self.frame) else "(no rows)"
-        return "\n".join([*([self.title] if self.title else []), body, *map(_wrapped, self.notes)])
+        if not len(self.frame):
+            body = ["(no rows)"]
+        elif list(self.frame) == [""]:                   # facts: a name and a value each
+            width = 2 + max(map(len, self.frame.index))
+            body = [_wrapped(value, name.ljust(width), " " * width) for name, value in self.cells()[""].items()]
+        else:
+            body = [self.cells().to_string(sparsify=False)]
+        return "\n".join([*([self.title] if self.title else []), *body, *map(_wrapped, self.notes)])
 
     __repr__ = __str__
 

@@ -5,7 +5,7 @@
 # %% ../nbs/12_hierarchical.ipynb #545b600d
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from .core import InfeasibleError, InputError, counted, listed, nearest
 from .qp import (BlockSums, Problem, Solution, block_bounds, centred, closest, exact_means, exact_totals,
                                solve_within)
 from .study import Study
-from .weights import FRAMEWORK_PAPER, Weights, balance_lam, method, resolve_lam, weigh
+from .weights import FRAMEWORK_PAPER, Arm, Weights, balance_lam, method, resolve_lam, weigh
 
 # %% auto #0
 __all__ = ['solve_hierarchical', 'hierarchical_weights']
@@ -123,7 +123,15 @@ def _blame(error: InfeasibleError, problem: Problem, starts, target_mean, target
                            error.weights, error.direction, names)
 
 # %% ../nbs/12_hierarchical.ipynb #5bf5189f
-@method("hierarchical", "Hierarchical balancing", outcome_model="covariates and clusters", source=f"{FRAMEWORK_PAPER}, Equation 6.")
+def _posed(study: Study, options: Mapping) -> tuple[bool, Callable[[Arm], Problem]]:
+    "That units stand for their own cluster, and what makes of an arm its problem with lam = 1."
+    def problem(arm):
+        return _problem(arm.x, arm.starts, arm.target_mean, arm.target_total, 1.0, "means", arm.base, options["bounds"], options["max_share"],
+                        arm.spread, arm.names, arm.labels)
+    return True, problem
+
+
+@method("hierarchical", "Hierarchical balancing", outcome_model="covariates and clusters", source=f"{FRAMEWORK_PAPER}, Equation 6.", problem=_posed)
 def hierarchical_weights(study: Study, lam: float | str | Mapping[str, float] = "auto", *, estimand: str | None = None, target=None,
                          tolerance: float | str = 0.0, bounds: tuple[float, float] = (0, np.inf), max_share: float | None = None, cluster_weight: str = "units",
                          standardize: bool = True, solver: str = "auto") -> Weights:
@@ -141,15 +149,14 @@ def hierarchical_weights(study: Study, lam: float | str | Mapping[str, float] = 
     Target units in clusters that lack an arm are left out with a `DroppedUnitsWarning`; units that have no target in their cluster get
     weight 0. Raises `InfeasibleError`, naming covariates and clusters, if global balance is impossible.
     Source: Ben-Michael, Feller & Keele (2026), Eq. 6."""
-    def problem(arm):
-        return _problem(arm.x, arm.starts, arm.target_mean, arm.target_total, 1.0, "means", arm.base, bounds, max_share, arm.spread, arm.names,
-                        arm.labels)
+    options = {"estimand": estimand, "target": target, "tolerance": tolerance, "bounds": bounds, "max_share": max_share,
+               "cluster_weight": cluster_weight, "standardize": standardize, "solver": solver}
+    _, problem = _posed(study, options)
     lams = resolve_lam(study, estimand, lam, within=True, by_balance=lambda name: balance_lam(
         study, estimand, name, problem, within=True, standardize=standardize, cluster_weight=cluster_weight, target=target, tolerance=tolerance))
 
     def one_arm(arm):
         return solve_hierarchical(arm.x, arm.starts, arm.target_mean, arm.target_total, lams[arm.name], base=arm.base, tolerance=tolerance,
                                   bounds=bounds, max_share=max_share, spread=arm.spread, names=arm.names, labels=arm.labels, solver=solver)
-    params = {"lam": lams if len(lams) > 1 else next(iter(lams.values())), "estimand": estimand, "target": target, "tolerance": tolerance,
-              "bounds": bounds, "max_share": max_share, "cluster_weight": cluster_weight, "standardize": standardize, "solver": solver}
+    params = {"lam": lams if len(lams) > 1 else next(iter(lams.values()))} | options
     return weigh(study, "hierarchical", one_arm, params, within=True)

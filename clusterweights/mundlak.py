@@ -12,16 +12,18 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from .core import EstimationError, InputError, OverlapWarning, Table, caller_depth, counted, listed, nearest
+from .core import (ClusterWeightsWarning, EstimationError, InfeasibleError, InputError, OverlapWarning, Table, caller_depth, counted,
+                                 interval_plot, listed, nearest)
 from .framework import decompose
 from .ipw import fit_levels
 from .qp import BlockSums, Problem, Solution, block_bounds, centred, exact_means, exact_totals, solve_within
 from .study import Study, cluster_sums
-from .weights import FRAMEWORK_PAPER, WEIGHTED_ARMS, Weights, balance_lam, group_mask, method, resolve_lam, target_weights, weigh
+from .weights import (FRAMEWORK_PAPER, WEIGHTED_ARMS, Arm, Weights, balance_lam, group_mask, method, resolve_lam, target_weights,
+                                    weigh)
 
 # %% auto #0
 __all__ = ['ClusterStatistics', 'cluster_statistics', 'solve_mundlak', 'mundlak_weights', 'decompose_by_statistics',
-           'mundlak_scores']
+           'mundlak_scores', 'plot_statistics']
 
 # %% ../nbs/13_mundlak.ipynb #843d5c38
 _STATISTICS = ("means", "treated", "treated means", "squares")
@@ -212,8 +214,25 @@ def _extrapolated(study: Study, estimand: str, cluster_weight: str) -> dict[str,
     return shares
 
 
+def _parts(f: _Features, within: bool, arm: Arm) -> tuple:
+    "What `solve_mundlak` and `_problem` ask for first: exact features, products, blocks, and the target of each."
+    exact, goal = f.phi if within else np.column_stack([f.phi, f.s]), arm.goal / arm.goal.sum()
+    return exact[arm.rows], f.psi[arm.rows], arm.starts, goal @ exact, goal @ f.psi, arm.target_total
+
+
+def _posed(study: Study, options: Mapping, f: _Features | None = None) -> tuple[bool, Callable[[Arm], Problem]]:
+    "Whether units stand for their own cluster's target only, and what makes of an arm its problem with lam = 1."
+    f, within = f or _features(study, cluster_statistics(study, options["statistics"]), bool(options["standardize"])), options["variant"] == "avto"
+    width = f.phi.shape[1] if within else len(f.names)
+
+    def problem(arm):
+        return _problem(*_parts(f, within, arm), 1.0, "means", arm.base, options["bounds"], options["max_share"], f.spread[:width], f.names[:width],
+                        arm.labels)
+    return within, problem
+
+
 @method("mundlak", lambda params: _VARIANTS[params.get("variant", "gb")], outcome_model=lambda params: _KNOWS[params.get("variant", "gb")],
-        source=f"{FRAMEWORK_PAPER}, Equation 8, with the total of the weights.")
+        source=f"{FRAMEWORK_PAPER}, Equation 8, with the total of the weights.", problem=_posed)
 def mundlak_weights(study: Study, lam: float | str | Mapping[str, float] = "auto", *, variant: str = "gb", statistics=("means", "treated"),
                     estimand: str | None = None, tolerance: float | str = 0.0, bounds: tuple[float, float] = (0, np.inf),
                     max_share: float | None = None, cluster_weight: str = "units", standardize: bool = True, solver: str = "auto") -> Weights:
@@ -235,26 +254,19 @@ def mundlak_weights(study: Study, lam: float | str | Mapping[str, float] = "auto
         raise InputError(f"Unknown variant {variant!r}." + nearest(variant, _VARIANTS))
     if study.totals is not None:
         raise EstimationError("Population totals say nothing of clusters' statistics. Use balancing_weights.")
-    within, found = variant == "avto", cluster_statistics(study, statistics)
+    found = cluster_statistics(study, statistics)
     f = _features(study, found, standardize=bool(standardize))
-    exact = f.phi if within else np.column_stack([f.phi, f.s])
-    width = exact.shape[1]
-
-    def parts(arm):
-        goal = arm.goal / arm.goal.sum()
-        return exact[arm.rows], f.psi[arm.rows], arm.starts, goal @ exact, goal @ f.psi, arm.target_total
-
-    def problem(arm):
-        return _problem(*parts(arm), 1.0, "means", arm.base, bounds, max_share, f.spread[:width], f.names[:width], arm.labels)
+    options = {"variant": variant, "statistics": found.recipe, "estimand": estimand, "tolerance": tolerance, "bounds": bounds, "max_share": max_share,
+               "cluster_weight": cluster_weight, "standardize": standardize, "solver": solver}
+    within, problem = _posed(study, options, f)
     lams = resolve_lam(study, estimand, lam, within=within, by_balance=lambda name: balance_lam(
         study, estimand, name, problem, within=within, cluster_weight=cluster_weight, tolerance=tolerance))
 
     def one_arm(arm):
-        return solve_mundlak(*parts(arm), lams[arm.name], base=arm.base, tolerance=tolerance, bounds=bounds, max_share=max_share,
+        width = f.phi.shape[1] if within else len(f.names)
+        return solve_mundlak(*_parts(f, within, arm), lams[arm.name], base=arm.base, tolerance=tolerance, bounds=bounds, max_share=max_share,
                              spread=f.spread[:width], names=f.names[:width], labels=arm.labels, solver=solver)
-    params = {"lam": lams if len(lams) > 1 else next(iter(lams.values())), "variant": variant, "statistics": found.recipe, "estimand": estimand,
-              "tolerance": tolerance, "bounds": bounds, "max_share": max_share, "cluster_weight": cluster_weight, "standardize": standardize,
-              "solver": solver}
+    params = {"lam": lams if len(lams) > 1 else next(iter(lams.values()))} | options
     beyond = {} if within else _extrapolated(study, estimand, cluster_weight)
     weights = weigh(study, "mundlak", one_arm, params, within=within, facts=_facts(found, f, beyond))
     worst = max(beyond, key=beyond.get, default=None)
@@ -333,3 +345,35 @@ def mundlak_scores(study: Study, statistics=("means", "treated"), *, products: b
         x = np.column_stack([x, f.psi])
         names += [f"{a} × {b}" for a in f.names[:f.phi.shape[1]] for b in found.names]
     return study.to_rows(fit_levels(x, study.treat, np.array([0, study.n]), weights=study.sampling_weights, names=names), np.nan)
+
+# %% ../nbs/13_mundlak.ipynb #a765fb6b
+_RICHER = {"treated": "treated", "means": "means", "means, treated": ("means", "treated"), "+ treated means": ("means", "treated", "treated means"),
+           "+ squares": _STATISTICS}
+
+
+def plot_statistics(study: Study, recipes: Mapping[str, object] | None = None, *, beside: Weights | None = None, ax=None, **options):
+    """Estimates of both variants and their 95% intervals as the statistics grow richer (GB filled, AvTO hollow); returns the Axes.
+
+    recipes : label → statistics, as in `cluster_statistics` (default: from the share treated to all four kinds). beside : weights of another
+    method, whose estimate and interval are drawn in grey. options : of `mundlak_weights`. Where no weights exist the row is empty."""
+    recipes = _RICHER if recipes is None else recipes
+    for variant, shift in (("gb", -0.15), ("avto", 0.15)):
+        rows = np.array([_effect_with(study, variant=variant, statistics=statistics, **options) for statistics in recipes.values()])
+        ax = interval_plot(list(recipes), *rows.T, ax=ax, shift=shift, filled=variant == "gb", label=_VARIANTS[variant], reference=None)
+    if beside is not None:
+        own = beside.estimate()
+        ax.axvspan(*own.conf_int(), color="0.9", zorder=0)
+        ax.axvline(own.estimate, color="grey", linewidth=1, label=beside.label)
+    ax.set_xlabel("estimate")
+    return ax
+
+
+def _effect_with(study: Study, **options) -> tuple[float, float, float]:
+    "Estimate and interval, NaN where balance is impossible. Warnings of what is extrapolated or left out are the same for all statistics."
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ClusterWeightsWarning)
+        try:
+            effect = mundlak_weights(study, **options).estimate()
+        except InfeasibleError:
+            return (np.nan,) * 3
+    return effect.estimate, *effect.conf_int()

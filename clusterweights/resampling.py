@@ -351,7 +351,7 @@ def wild_cluster_test(y: np.ndarray, treat: np.ndarray, weights: np.ndarray, sta
     is used once. kind : "rademacher" (signs), "webb" (six points), or "auto": signs from ten clusters on, where their smallest p-value is 0.002.
     seed : int or Generator.
     Raises `InputError` for arrays that do not fit, `EstimationError` if an arm has weight in fewer than two clusters, or the outcome does not vary.
-    Source: Cameron, Gelbach & Miller (2008); Webb (2023); Roodman, MacKinnon, Nielsen & Webb (2019) for computing it by cluster sums."""
+    Source: Cameron, Gelbach & Miller (2008); Webb (2023); Roodman, Nielsen, MacKinnon & Webb (2019) for computing it by cluster sums."""
     if kind not in ("auto", *_POINTS):
         raise InputError(f"Unknown kind {kind!r}." + nearest(kind, ["auto", *_POINTS]))
     if isinstance(draws, bool) or not isinstance(draws, (int, np.integer)) or draws < 1:

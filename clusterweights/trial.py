@@ -22,11 +22,12 @@ from .robust import KINDS, cluster_robust
 from .study import Study, cluster_sums
 
 # %% auto #0
-__all__ = ['ESTIMATORS', 'Trial', 'design_effect', 'effective_n', 'ICC', 'intracluster_correlation', 'SamplingDistribution',
-           'sampling_distribution', 'trial_effect', 'RandomisationTest', 'randomisation_test', 'pair_clusters',
-           'TwoStageEffects', 'two_stage_effects', 'model_effect', 'profile_interval', 'rejection_rates',
-           'false_positive_rates', 'Power', 'trial_power', 'simulate_trial', 'SimulatedPower', 'simulate_power',
-           'power_grid', 'plot_power', 'BalanceTest', 'balance_test']
+__all__ = ['ESTIMATORS', 'TARGETS', 'Trial', 'design_effect', 'effective_n', 'ICC', 'intracluster_correlation',
+           'SamplingDistribution', 'sampling_distribution', 'trial_effect', 'RandomisationTest', 'randomisation_test',
+           'randomisation_interval', 'pair_effect', 'pair_clusters', 'TwoStageEffects', 'two_stage_effects',
+           'model_effect', 'profile_interval', 'rejection_rates', 'false_positive_rates', 'Power', 'trial_power',
+           'simulate_trial', 'SimulatedPower', 'simulate_power', 'SimulatedPlan', 'simulate_plan', 'power_grid',
+           'plot_power', 'BalanceTest', 'balance_test']
 
 # %% ../nbs/16_trial.ipynb #7ef5dede
 def _per_cluster(values: np.ndarray, starts: np.ndarray, labels: Sequence, what: str) -> np.ndarray:
@@ -357,7 +358,8 @@ class SamplingDistribution:
 
     def plot(self, ax=None):
         "Histogram of the values, the truth (solid) and the expectation (dashed); returns the Axes."
-        return _over_assignments(self.values, self.estimator, {f"truth {self.truth:.4g}": (self.truth, "-"), f"expectation {self.expectation:.4g}": (self.expectation, "--")}, ax)
+        lines = {f"truth {self.truth:.4g}": (self.truth, "-"), f"expectation {self.expectation:.4g}": (self.expectation, "--")}
+        return _over_assignments(self.values, self.estimator, lines, ax)
 
     def __repr__(self) -> str:
         return (f"{self.estimator}: expectation {self.expectation:.6g} (truth {self.truth:.6g}), standard error {self.std_error:.6g}, over "
@@ -524,11 +526,11 @@ class RandomisationTest:
     def conf_int(self, level: float = 0.95) -> tuple[float, float]:
         """The constant effects not rejected at 1 − level. Infinite where the assignments are too few to reject any.
 
-        Raises `InputError` for statistics other than "difference" and "hajek": there, test a grid of values of `null`."""
+        Raises `InputError` for statistics other than "difference" and "hajek": `randomisation_interval` takes those too."""
         _check_level(level)
         if not self.invertible:
-            raise InputError("The interval is for the statistics \"difference\" and \"hajek\". For others, test a grid of values of null= and "
-                             "keep those not rejected.")
+            raise InputError("The votes of assignments are for the statistics \"difference\" and \"hajek\". For others, "
+                             "randomisation_interval(trial, statistic) searches for the interval.")
         a, b = self.parts
         with np.errstate(divide="ignore", invalid="ignore"):
             votes = np.array([(self.estimate + a) / (1 + b), (self.estimate - a) / (1 - b)])
@@ -597,6 +599,72 @@ def randomisation_test(trial: Trial, statistic: str | Callable = "difference", *
         raise EstimationError(f"The statistic is not finite under {counted(int((~np.isfinite(values)).sum()), 'assignment')}.")
     name = getattr(statistic, "__name__", "statistic") if callable(statistic) else statistic
     return RandomisationTest(observed, values, float(null), name, every, statistic in named[:2], float(here[0, 0]), parts)
+
+# %% ../nbs/16_trial.ipynb #55df6f8d
+def randomisation_interval(trial: Trial, statistic: str | Callable = "difference", *, level: float = 0.95, draws: int = 9999,
+                           seed: int | np.random.Generator = 0) -> tuple[float, float]:
+    """The constant effects that `randomisation_test` with this statistic does not reject at 1 − level.
+
+    Arguments as there. "difference" and "hajek": from the votes of the assignments. Others: by a search with the same assignments throughout, out
+    from the effect at which the statistic changes its sign within 100 standard errors of the difference in means, or else from that difference; an
+    end is infinite where no effect is rejected on that side. Raises `EstimationError` if the test rejects where the search would begin. Source:
+    Rosenbaum (2002), chapter 2."""
+    from scipy.optimize import brentq
+    test = randomisation_test(trial, draws=draws, seed=(seed := int(np.random.default_rng(seed).integers(2**63))))
+    if statistic == "difference":
+        return test.conf_int(level)
+    if statistic == "hajek":
+        return randomisation_test(trial, statistic, draws=draws, seed=seed).conf_int(level)
+    _check_level(level)
+    def excess(null): return 1 - level + 1e-12 - randomisation_test(trial, statistic, null=null, draws=draws, seed=seed).p_value
+    def observed(null): return randomisation_test(trial, statistic, null=null, draws=1, seed=seed).observed
+    centre, around = test.estimate, [test.estimate + side * 100 * test.std_error for side in (-1, 1)]
+    if observed(around[0]) * observed(around[1]) < 0:
+        centre = float(brentq(observed, *around, xtol=1e-9 * test.std_error))
+    if excess(centre) > 0:
+        raise EstimationError(f"The test rejects even {centre:.4g}, where the search for an interval would begin. Test values of null= one by one.")
+    low, high = (_crossing(excess, centre, side * test.std_error) for side in (-1, 1))
+    return low, high
+
+# %% ../nbs/16_trial.ipynb #22c3dad1
+TARGETS = ("SATE", "CATE", "UATE", "PATE")
+
+
+def pair_effect(trial: Trial, *, target: str = "SATE", weights: str = "arithmetic", population: np.ndarray | None = None) -> Estimate:
+    """The average effect in a trial of pairs of clusters, for one of four targets, as an `Estimate` with B − 1 degrees of freedom.
+
+    target : "SATE" (the units measured), "CATE" (all units of these clusters), "UATE" and "PATE" (the same two in the population from which the
+    pairs are a random sample). weights : of a pair, from the sizes of its clusters; "arithmetic" (their sum) or "harmonic" (product over sum).
+    population : (J,) how many units belong to each cluster, for CATE and PATE. Variance for SATE and CATE: on average not too small; for UATE
+    and PATE: right for many pairs. Raises `InputError` for trials without pairs and for arguments that make no sense. Source: Imai, King & Nall
+    (2009); for UATE and PATE the linearised variance of a ratio."""
+    blocks, size = len(trial.block_labels), trial.sizes.astype(float)
+    if not (trial.paired and blocks > 1):
+        odd = np.bincount(trial.block) != 2
+        raise InputError("pair_effect takes blocks of two clusters, two pairs at least; " + (
+            f"{counted(int(odd.sum()), 'block')} of {blocks:,} are of another size." if odd.any() else "there is one pair."))
+    for name, value, choices in (("target", target, TARGETS), ("weights", weights, ("arithmetic", "harmonic"))):
+        if value not in choices:
+            raise InputError(f"Unknown {name} {value!r}." + nearest(value, choices))
+    if (population is not None) != (target in ("CATE", "PATE")):
+        raise InputError(f"target={target!r} " + ("takes population=, how many units belong to each cluster." if population is None else
+                                                  "is about the units measured: it takes no population=."))
+    if population is not None:
+        size, measured = np.asarray(population, dtype=float), size
+        few = np.flatnonzero(~(size >= measured)) if size.shape == measured.shape else None
+        if few is None or len(few):
+            raise InputError(f"population must hold one number for each of {len(measured):,} clusters; its shape is {size.shape}." if few is None
+                             else f"population is smaller than the number of units measured, or missing, in {listed(trial.labels[few])}.")
+    one, two = (np.bincount(trial.block, np.where(trial.treated == arm, size, 0.0)) for arm in (True, False))
+    w = one + two if weights == "arithmetic" else one * two / (one + two)
+    w = w / w.sum()
+    difference = np.bincount(trial.block, np.where(trial.treated, 1, -1) * trial.totals / trial.sizes)
+    value = float(w @ difference)
+    centre = value / blocks if target in ("SATE", "CATE") else w * value
+    variance = blocks / (blocks - 1) * ((w * difference - centre) ** 2).sum()
+    if not variance > 0:
+        raise EstimationError("All pairs contribute the same to the estimate, so there is no standard error.")
+    return Estimate(value, float(np.sqrt(variance)), df=blocks - 1.0, term=target, vcov=f"spread of pairs, {weights} weights")
 
 # %% ../nbs/16_trial.ipynb #cd0576da
 def pair_clusters(features: np.ndarray) -> np.ndarray:
@@ -702,41 +770,74 @@ def two_stage_effects(y: np.ndarray, treat: np.ndarray, starts: np.ndarray, satu
                            *map(float, levels))
 
 # %% ../nbs/16_trial.ipynb #1e9405e4
-def model_effect(trial: Trial, method: str = "reml") -> Estimate:
-    """The effect by a linear model with random intercepts, its standard error given the fitted variances, and the normal (Wald) interval. method :
-    "reml" or "ml"."""
-    if len(trial.block_labels) > 1:
-        raise InputError(f"The model knows no blocks, but the trial has {len(trial.block_labels):,}. Use trial_effect or randomisation_test.")
-    fit = fit_linear_mixed(trial.treat[:, None].astype(float), trial.y, trial.starts, method=method, names=["treat"])
-    return Estimate(float(fit.coef[1]), float(fit.std_error[1]), term="ATE", vcov=f"random intercepts, {method.upper()}, ICC {fit.icc:.3f}")
+def _controls(trial: Trial, adjust: bool) -> tuple[np.ndarray, list[str], int]:
+    "(n, B − 1 + d) indicators of blocks and the covariates, if asked for; their names; and how many are constant within clusters."
+    blocks = len(trial.block_labels)
+    x = (np.repeat(trial.block, trial.sizes)[:, None] == np.arange(1, blocks)).astype(float)
+    names, constant = [f"block {label}" for label in trial.block_labels[1:]], blocks - 1
+    if adjust:
+        if trial.x is None or not trial.x.shape[1]:
+            raise InputError("This trial has no covariates to adjust for. Give x and names, or leave out adjust.")
+        firsts = np.repeat(trial.x[trial.starts[:-1]], trial.sizes, axis=0)
+        x, names, constant = np.column_stack([x, trial.x]), [*names, *map(str, trial.names)], constant + int((trial.x == firsts).all(axis=0).sum())
+    return x, names, constant
 
 
-def profile_interval(trial: Trial, level: float = 0.95) -> tuple[float, float]:
-    "The effects whose profile likelihood (ML, random intercepts) is within the χ² quantile of the largest."
+def model_effect(trial: Trial, method: str = "reml", *, adjust: bool = False, df: str = "normal") -> Estimate:
+    """The effect by a linear model with random intercepts of clusters and fixed effects of blocks, and its Wald interval.
+
+    method : "reml" or "ml". adjust : add the trial's covariates. df : "normal" (the fitted variances taken for the true ones) or "clusters", J − 2
+    − (blocks − 1) − covariates constant within clusters. Raises `EstimationError` if that leaves no degree of freedom."""
+    if df not in ("normal", "clusters"):
+        raise InputError(f"Unknown df {df!r}." + nearest(df, ["normal", "clusters"]))
+    x, names, constant = _controls(trial, adjust)
+    left = len(trial.sizes) - 2 - constant
+    if left < 1:
+        raise EstimationError(f"{counted(len(trial.sizes), 'cluster')} are too few for {2 + constant} coefficients that are constant within "
+                              "clusters.")
+    fit = fit_linear_mixed(np.column_stack([trial.treat, x]), trial.y, trial.starts, method=method, names=["treat", *names])
+    blocks = f", {counted(len(trial.block_labels), 'block')}" if trial.block.any() else ""
+    words = f"random intercepts, {method.upper()}, ICC {fit.icc:.3f}{blocks}"
+    return Estimate(float(fit.coef[1]), float(fit.std_error[1]), df=float(left) if df == "clusters" else np.inf, term="ATE", vcov=words)
+
+
+def profile_interval(trial: Trial, level: float = 0.95, *, adjust: bool = False) -> tuple[float, float]:
+    "The effects whose profile likelihood (ML, the model of `model_effect`) is within the χ² quantile of the largest."
     _check_level(level)
-    best, none = model_effect(trial, "ml"), np.empty((len(trial.treat), 0))
-    top = fit_linear_mixed(trial.treat[:, None].astype(float), trial.y, trial.starts, method="ml").loglik
-    def excess(tau): return 2 * (top - fit_linear_mixed(none, trial.y - tau * trial.treat, trial.starts, method="ml").loglik) - _chi2_quantile(level)
+    best, (x, names, _) = model_effect(trial, "ml", adjust=adjust), _controls(trial, adjust)
+    def loglik(x, y): return fit_linear_mixed(x, y, trial.starts, method="ml").loglik
+    top = loglik(np.column_stack([trial.treat, x]), trial.y)
+    def excess(tau): return 2 * (top - loglik(x, trial.y - tau * trial.treat)) - _chi2_quantile(level)
     return tuple(_crossing(excess, best.estimate, sign * best.std_error) for sign in (-1, 1))
 
 # %% ../nbs/16_trial.ipynb #e4d4c5ab
-def _six_tests(means: np.ndarray, within: np.ndarray, n: int, z: np.ndarray, spread: np.ndarray, every: bool) -> dict[str, np.ndarray]:
-    """p-values (R,) of no effect, from means (R, J) or (J,) of clusters of n units, sums of squares within, assignments z (R, J) or (J,), and
-    differences `spread` (R, P) or (P,) under others."""
+def _seven_tests(means: np.ndarray, within: np.ndarray, n: int, z: np.ndarray, block: np.ndarray, spread: np.ndarray,
+                 every: bool) -> dict[str, np.ndarray]:
+    """p-values (R,) of no effect, from means (R, J) or (J,) of clusters of n units, sums of squares within, assignments z (R, J) or (J,), codes of
+    blocks (J,), and differences `spread` (R, P) or (P,) under other assignments. Blocks are of one size, with as many treated in each."""
     from scipy.special import ndtr, stdtr
-    j, z = means.shape[-1], z.astype(float)
-    j1 = z.sum(axis=-1)
-    j0, big = j - j1, j * n
-    mean1, mean0 = (means * z).sum(-1) / j1, (means * (1 - z)).sum(-1) / j0
-    difference, squares = np.abs(mean1 - mean0), (means - mean0[..., None] - (mean1 - mean0)[..., None] * z) ** 2
-    between1, between0, between = (squares * z).sum(-1), (squares * (1 - z)).sum(-1), squares.sum(-1)
-    at_boundary = n * between / j < within / (big - j)
-    noise = np.where(at_boundary, (within + n * between) / big, n * between / j)              # the ML variance of a cluster mean, times n
-    sizes = 1 / j1 + 1 / j0
-    errors = {"units as independent": ((within + n * between) / (big - 2) * sizes / n, big - 2),
-              "robust, N − 2 df": ((between1 / j1**2 + between0 / j0**2) * j / (j - 1) * (big - 1) / (big - 2), big - 2),
-              "CR2, Satterthwaite": (between1 / j1 / (j1 - 1) + between0 / j0 / (j0 - 1), sizes**2 / (1 / j1**2 / (j1 - 1) + 1 / j0**2 / (j0 - 1))),
-              "totals, normal": (means.var(axis=-1, ddof=1) * sizes, None), "mixed model, Wald": (noise / n * sizes, None)}
+    j, in_block = len(block), np.bincount(block)
+    blocks, big, member = len(in_block), j * n, np.eye(len(in_block))[block]
+    left, units = j - 1 - blocks, big - 1 - blocks        # degrees of freedom, of clusters and of units
+    def centred(v): return v - (v @ member / in_block)[..., block]
+    means, z = centred(means), centred(z.astype(float))
+    squares = (z**2).sum(axis=-1)
+    difference = (z * means).sum(axis=-1) / squares
+    rest = (means - difference[..., None] * z) ** 2
+    between = rest.sum(axis=-1)
+    def noise(divisor, total):                            # the variance of a cluster mean, times n, that between clusters not negative
+        return np.where(n * between / divisor < within / (big - j), (within + n * between) / total, n * between / divisor)
+    one, per_z = np.atleast_2d(z)[0], np.atleast_1d(squares)[0]                               # no assignment differs in what follows
+    leave = np.eye(j) - member @ member.T / in_block[0] - np.outer(one, one) / per_z          # residuals from means
+    weight = one**2 / np.diag(leave)
+    satterthwaite = (np.diag(leave) @ weight) ** 2 / (weight @ leave**2 @ weight)
+    robust = (z**2 * rest).sum(axis=-1) / squares**2
+    cr2 = (z**2 * rest / (1 - 1 / in_block[0] - z**2 / squares[..., None])).sum(axis=-1) / squares**2
+    errors = {"units as independent": ((within + n * between) / units / n / squares, units),
+              "robust, df of units": (robust * j / (j - 1) * (big - 1) / units, units), "CR2, Satterthwaite": (cr2, satterthwaite),
+              "totals, normal": ((means**2).sum(axis=-1) / (in_block[0] - 1) / blocks / squares, None),
+              "mixed model, ML": (noise(j, big) / n / squares, None), "mixed model, REML, t": (noise(left, units) / n / squares, left)}
+    difference = np.abs(difference)
     out = {name: 2 * (ndtr(-difference / np.sqrt(v)) if df is None else stdtr(df, -difference / np.sqrt(v))) for name, (v, df) in errors.items()}
     if spread.ndim == 1:                                  # all trials share one distribution
         extreme = len(spread) - np.searchsorted(np.sort(np.abs(spread)), difference * (1 - _TIE))
@@ -747,42 +848,58 @@ def _six_tests(means: np.ndarray, within: np.ndarray, n: int, z: np.ndarray, spr
 
 
 def rejection_rates(trial: Trial, *, level: float = 0.05, draws: int = 20_000, seed: int | np.random.Generator = 0) -> pd.Series:
-    """How often six tests at `level` would reject if the outcomes of a trial were what they are whatever the lot brings: no effect on anybody.
+    """How often seven tests at `level` would reject if the outcomes of a trial were what they are whatever the lot brings: no effect on anybody.
 
-    Clusters of one size, no blocks. draws : random assignments; if there are no more than that, each is used once and the rates are exact.
-    Index: the tests. Raises `InputError` for unequal sizes or blocks."""
+    Clusters of one size; blocks, if any, of one size with as many treated in each. draws : random assignments; if there are no more than that,
+    each is used once and the rates are exact. Index: the tests. Raises `InputError` for other trials."""
     _check_level(level)
-    n = trial.sizes[0]
-    if np.ptp(trial.sizes) or len(trial.block_labels) > 1:
-        raise InputError(f"The closed forms are for clusters of one size without blocks; these have {trial.sizes.min()} to {trial.sizes.max()} units "
-                         f"in {counted(len(trial.block_labels), 'block')}.")
+    n, in_block = trial.sizes[0], np.bincount(trial.block)
+    if np.ptp(trial.sizes) or np.ptp(in_block) or np.ptp(trial.drawn):
+        raise InputError("The closed forms are for clusters of one size, and blocks of one size with as many treated in each; here clusters have "
+                         f"{trial.sizes.min()} to {trial.sizes.max()} units, and blocks {in_block.min()} to {in_block.max()} clusters, "
+                         f"{trial.drawn.min()} to {trial.drawn.max()} of them treated.")
+    _check_blocks(len(trial.sizes), len(in_block))
     means = trial.totals / n
     every, chunks = _assignment_chunks(trial.block, trial.drawn, draws, seed)
     z = np.concatenate(list(chunks))
     spread = _values(z, means, means, np.ones(len(means)), trial.block, trial.drawn, "difference")
     within = ((trial.y - np.repeat(means, n)) ** 2).sum()
-    return pd.Series({name: (p <= level + 1e-12).mean() for name, p in _six_tests(means, within, n, z, spread, True).items()})
+    p = _seven_tests(means, within, n, z, trial.block, spread, True)
+    return pd.Series({name: (values <= level + 1e-12).mean() for name, values in p.items()})
 
 
-def false_positive_rates(clusters: Sequence[int], icc: Sequence[float], *, size: int = 100, replicates: int = 2000, permutations: int = 499,
-                         level: float = 0.05, seed: int | np.random.Generator = 0) -> pd.DataFrame:
-    """How often six tests at `level` reject in simulated trials without effect, normal outcomes, half of the clusters treated.
+def _check_blocks(clusters: int, blocks: int) -> None:
+    if clusters - 1 - blocks < 1:
+        raise InputError(f"{counted(clusters, 'cluster')} in {counted(blocks, 'block')} leave no degree of freedom: it takes more clusters than "
+                         "blocks, by two at least.")
 
-    clusters, icc : sequences, the rows of the result; size : units in each cluster. permutations : for the permutation test; all assignments if
-    there are no more. The Monte Carlo error of a rate r is √(r(1 − r)/replicates)."""
+
+def false_positive_rates(clusters: Sequence[int], icc: Sequence[float], *, size: int = 100, block_size: int | None = None, replicates: int = 2000,
+                         permutations: int = 499, level: float = 0.05, seed: int | np.random.Generator = 0) -> pd.DataFrame:
+    """How often seven tests at `level` reject in simulated trials without effect, normal outcomes, half of the clusters treated.
+
+    clusters, icc : sequences, the rows of the result; size : units in each cluster. block_size : clusters in each block, an even number, 2 for
+    pairs; None for no blocks. What blocks explain is taken out by all tests and changes nothing: icc is that within blocks. permutations : for the
+    permutation test; all assignments if there are no more. The Monte Carlo error of a rate r is √(r(1 − r)/replicates)."""
     _check_level(level)
     rng, rows = np.random.default_rng(seed), {}
     for j in clusters:
+        per_block = j if block_size is None else block_size
         if not 4 <= j or size < 2:
             raise InputError(f"clusters={j!r} and size={size!r}: it takes at least four clusters of two units.")
-        treated = np.array([j // 2])
-        every, chunks = _assignment_chunks(np.zeros(j, dtype=int), treated, permutations, rng)
-        others = np.concatenate(list(chunks)) / treated[0]
+        if block_size is not None and (block_size < 2 or block_size % 2 or j % block_size):
+            raise InputError(f"{j} clusters cannot be put into blocks of {block_size!r}, half of each treated: block_size must be even, and a "
+                             "divisor.")
+        block = np.arange(j) // per_block
+        _check_blocks(j, block[-1] + 1)
+        treated, drawn = np.arange(j) % per_block < per_block // 2, np.full(block[-1] + 1, per_block // 2)
+        every, chunks = _assignment_chunks(block, drawn, permutations, rng)
+        share = drawn[0] / per_block
+        others = (np.concatenate(list(chunks)) - share) / (j * share * (1 - share))
         for rho in icc:
             means = rng.normal(size=(replicates, j)) * np.sqrt(rho + (1 - rho) / size)
             within = (1 - rho) * rng.chisquare(j * (size - 1), replicates)
-            spread = means @ (others - (others == 0) / (j - treated[0])).T
-            p = _six_tests(means, within, size, np.broadcast_to(np.arange(j) < treated[0], means.shape), spread, every)
+            p = _seven_tests(means, within, size, np.broadcast_to(treated, means.shape), block, means @ others.T, every)
             rows[j, rho] = {name: (values <= level + 1e-12).mean() for name, values in p.items()}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis(["clusters", "icc"])
 
@@ -841,8 +958,8 @@ def trial_power(*, icc: float, clusters: int | None = None, size: float | None =
 
     clusters : J in both arms. size : mean units in a cluster. effect : in units of the outcome, whose standard deviation is `sd`. power : 0 to 1.
     icc : 0 to 1. cv : coefficient of variation of sizes. r2_cluster, r2_unit : shares of the variance between and within clusters that covariates
-    explain, cluster_covs : covariates at the clusters' level, one degree of freedom each. treated_share : of clusters. level : of the two-sided t
-    test with J − 2 − cluster_covs degrees of freedom. Raises `EstimationError` if no size reaches the power with these clusters. The chance
+    explain, cluster_covs : covariates at the clusters' level, one degree of freedom each (blocks: their number less one). treated_share : of
+    clusters. level : of the two-sided t test with J − 2 − cluster_covs degrees of freedom. Raises `EstimationError` if no size reaches the power with these clusters. The chance
     correlation of covariates and treatment, which costs about a factor 1 + cluster_covs/(J − 3 − cluster_covs) of variance, is not counted.
     Source: Eldridge, Ashby & Kerry (2006); Bloom, Richburg-Hayes & Black (2007)."""
     known = {"clusters": clusters, "size": size, "effect": effect, "power": power}
@@ -934,6 +1051,46 @@ def simulate_power(draw: Callable, test: Callable, *, replicates: int = 1000, le
     _check_level(level)
     return SimulatedPower(np.array(seeded_map(partial(_one_p, draw=draw, test=test), replicates, seed, workers=workers, progress=progress)), level)
 
+# %% ../nbs/16_trial.ipynb #46d34f3d
+@dataclass(frozen=True)
+class SimulatedPlan:
+    "The least candidate with enough power: its `value` and `power` (a `SimulatedPower`); tried : power of all candidates tried, by value."
+    value: float
+    power: SimulatedPower
+    tried: pd.Series = field(repr=False)
+
+    def __str__(self) -> str: return f"{self.value:g}: {self.power}; {counted(len(self.tried), 'candidate')} tried"
+
+
+def simulate_plan(draw: Callable, test: Callable, candidates: Sequence[float], *, power: float = 0.8, replicates: int = 1000, level: float = 0.05,
+                  seed: int | np.random.Generator = 0, workers: int | None = None, progress: bool = True) -> SimulatedPlan:
+    """The least of several numbers of clusters, sizes or effects at which a simulated test has enough power.
+
+    draw : function of a numpy Generator and a candidate that returns a trial. test, replicates, level, workers, progress : as in `simulate_power`.
+    candidates : rising numbers; power is taken to rise with them, and about log2 of them are tried, with the same random numbers. Raises
+    `EstimationError` if the last has too little power, whose estimate it names."""
+    values = list(candidates)
+    if not values or any(b <= a for a, b in zip(values, values[1:])):
+        raise InputError(f"candidates must be rising numbers, one at least; they are {listed(values) if values else 'none'}.")
+    if not level < power < 1:
+        raise InputError(f"power={power!r} must lie between the level, {level:g}, and 1.")
+    seed, found = int(np.random.default_rng(seed).integers(2**63)), {}
+    def at(k):
+        if k not in found:
+            found[k] = simulate_power(partial(_draw_at, draw=draw, value=values[k]), test, replicates=replicates, level=level, seed=seed,
+                                      workers=workers, progress=progress)
+        return found[k]
+    low, high = -1, len(values) - 1
+    if at(high).power < power:
+        raise EstimationError(f"Even {values[high]:g}, the last candidate, has {at(high)}: less than {power:g}. Add larger ones.")
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if at(middle).power >= power else (middle, high)
+    return SimulatedPlan(values[high], found[high], pd.Series({values[k]: found[k].power for k in sorted(found)}, name="power"))
+
+
+def _draw_at(rng: np.random.Generator, draw: Callable, value: float): return draw(rng, value)
+
 # %% ../nbs/16_trial.ipynb #466a2bab
 def power_grid(**values) -> pd.DataFrame:
     """`trial_power` over a grid. Two arguments are sequences, the rows and columns of the result; the others as in `trial_power`. Each cell holds
@@ -960,7 +1117,7 @@ def plot_power(grid: pd.DataFrame, ax=None, ylabel: str = "power"):
         ax.plot(grid.index, grid[name], style, color="black", label=f"{grid.columns.name} {name:g}")
     ax.set(xlabel=grid.index.name, ylabel=ylabel)
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(fontsize="small", frameon=False)
+    ax.legend(fontsize="small", frameon=False, loc="upper left", bbox_to_anchor=(1, 1))       # beside the lines: they may go anywhere
     return ax
 
 # %% ../nbs/16_trial.ipynb #db698d27
@@ -986,7 +1143,8 @@ class BalanceTest:
                  f"assignments, {self.p_chi2:.3g} by χ²."]
         if self.empty:
             notes.append(f"This test is empty: the covariates span all {self.df} dimensions in which clusters can differ, so d² is {self.d2:.4g} for "
-                         "every assignment. Test fewer covariates than clusters.")
+                         f"every assignment. Test fewer than {self.df} covariates"
+                         f"{', sizes counted' if '(cluster size)' in self.table.index else ''}.")
         else:
             below = int((self.table["p_value"] < 0.05).sum())
             notes.append(f"One by one, {counted(below, 'p-value')} of {len(self.table)} below 0.05; by chance one expects "

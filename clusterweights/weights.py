@@ -18,7 +18,8 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from .core import DroppedUnitsWarning, EstimationError, FewClustersWarning, InfeasibleError, InputError, OverlapWarning, Table, caller_depth, counted, listed, nearest, shown
+from .core import (DroppedUnitsWarning, EstimationError, FewClustersWarning, InfeasibleError, InputError, OverlapWarning, Table,
+                                 caller_depth, counted, listed, nearest, shown)
 from .framework import Balance, balance, compare_groups, ess, panels, standardized_differences
 from .inference import Estimate, contrast, reference_prediction, weighted_mean
 from .outcomes import OutcomeModel, Prediction, corrected_mean, outcome_features, predict_outcome
@@ -46,8 +47,10 @@ class Arm:
     """Units to be weighted and the target they should stand for, by cluster; what a method's array function works on.
 
     name : "controls", "treated" or "respondents". rows : (m,) positions in the study. x : (m, d) features. base : (m,) sampling weights.
-    starts : (K + 1,) blocks of rows; one block for methods that ignore clusters. target_mean : (K, d) and target_total : (K,), the target's mean features
-    and size in each block. spread : (d,) one standard deviation of each feature. names, labels : of features and blocks. goal : (n,) how much of the target each
+    starts : (K + 1,) blocks of rows; one block for methods that ignore clusters. target_mean : (K, d) and target_total : (K,), the target's mean
+    features
+    and size in each block. spread : (d,) one standard deviation of each feature. names, labels : of features and blocks. goal : (n,) how much of the
+    target each
     unit of the study is (0 for units that are no part of it); it says nothing of a target from outside."""
     name: str
     rows: np.ndarray
@@ -203,11 +206,14 @@ def arms(study: Study, estimand: str, *, within: bool, standardize: bool = True,
 # %% ../nbs/08_weights.ipynb #45c2be9d
 @dataclass(frozen=True)
 class Method:
-    """What the package knows of a method. name : as in `compare`. label : for tables; or a function of the options used. function : Study → Weights.
+    """What the package knows of a method.
 
+    name : as in `compare`. label : for tables; or a function of the options used. function : Study → Weights.
     outcome_model : what the standard error's outcome model may know, see `OutcomeModel`; or a function of the options used.
     estimands : those it can estimate in a study of treated and untreated; "mean" and "total" in a survey. source : the reference to cite.
-    levels : the studies it is for: "unit" (treatment varies within clusters), "cluster" (whole clusters were treated), "survey"."""
+    levels : the studies it is for: "unit" (treatment varies within clusters), "cluster" (whole clusters were treated), "survey".
+    problem : for methods whose weights solve a `Problem` in which `lam` multiplies the ridge: (study, options) → whether units stand for their own
+    cluster's target only, and a function that makes of an `Arm` its problem with lam = 1."""
     name: str
     label: str | Callable[[Mapping], str]
     function: Callable
@@ -215,11 +221,17 @@ class Method:
     estimands: tuple[str, ...]
     source: str = ""
     levels: tuple[str, ...] = ("unit", "survey")
+    problem: Callable[[Study, Mapping], tuple[bool, Callable[[Arm], Problem]]] | None = None
 
     @functools.cached_property
     def options(self) -> tuple[str, ...]:
         "Names of the options that the method accepts."
-        return tuple(inspect.signature(self.function).parameters)[1:]
+        return tuple(self.defaults)
+
+    @property
+    def defaults(self) -> dict:
+        "Its options and what they are if left out."
+        return {name: p.default for name, p in list(inspect.signature(self.function).parameters.items())[1:]}
 
     def called(self, params: Mapping) -> str:
         "The label for these options."
@@ -235,10 +247,10 @@ FRAMEWORK_PAPER = "Ben-Michael, E., Feller, A. & Keele, L. (2026). A weighting f
 
 
 def method(name: str, label: str | Callable, *, outcome_model: str | Callable, estimands: tuple[str, ...] = ("ATT", "ATC", "ATE"), source: str = "",
-           levels: tuple[str, ...] = ("unit", "survey")) -> Callable:
+           levels: tuple[str, ...] = ("unit", "survey"), problem: Callable | None = None) -> Callable:
     """Register a function `<name>_weights(study, …, *, estimand=None, …) -> Weights` as a method of that name.
 
-    The function gets the estimand by its usual name. label : for tables. outcome_model, estimands, source, levels : as in `Method`."""
+    The function gets the estimand by its usual name. label : for tables. outcome_model, estimands, source, levels, problem : as in `Method`."""
     def register(function):
         @functools.wraps(function)
         def run(study, *args, **options):
@@ -251,7 +263,7 @@ def method(name: str, label: str | Callable, *, outcome_model: str | Callable, e
             weights = function(study, *args, **options)
             _warn(weights)
             return weights
-        METHODS[name] = Method(name, label, run, outcome_model, estimands, source, levels)
+        METHODS[name] = Method(name, label, run, outcome_model, estimands, source, levels, problem)
         return run
     return register
 
@@ -280,8 +292,8 @@ def _check_call(method: Method, study, options: Mapping) -> None:
         if option not in known:
             raise InputError(f"{name} has no option {option!r}." + nearest(option, known))
     if isinstance(options.get("bounds"), (tuple, list)) and options["bounds"] and isinstance(options["bounds"][0], Real) and options["bounds"][0] < 0:
-        raise InputError(f"bounds={options['bounds']!r}: weights below 0 extrapolate, and no balance table or sample size can be read then. The array "
-                         "functions allow them.")
+        raise InputError(f"bounds={options['bounds']!r}: weights below 0 extrapolate, and no balance table or sample size can be read then. The "
+                         "array functions allow them.")
     others = [m.function.__name__ for m in METHODS.values() if study.level in m.levels]
     if study.level == "survey" and "survey" not in method.levels:
         raise InputError(f"{name} is for a Study of treated and untreated units; for a survey use {listed(others)}.")
@@ -290,9 +302,10 @@ def _check_call(method: Method, study, options: Mapping) -> None:
                          f"treated and untreated within clusters, so it cannot be used; {listed(others)} can.")
     if study.level == "unit" and "unit" not in method.levels:
         both = (study.n_treated > 0) & (study.n_controls > 0)
-        raise InputError(f"{name} is for whole clusters that are treated or not. {study.columns['treat']!r} varies within {both.sum():,} of {study.n_clusters:,} clusters "
-                         f"({listed(study.labels[both])}). If these are slips in the data, mend them first. "
-                         f"{listed(m.function.__name__ for m in METHODS.values() if m.levels[0] == 'unit' and 'cluster' not in m.levels)} compare within clusters.")
+        raise InputError(f"{name} is for whole clusters that are treated or not. {study.columns['treat']!r} varies within {both.sum():,} of "
+                         f"{study.n_clusters:,} clusters ({listed(study.labels[both])}). If these are slips in the data, mend them first. "
+                         f"{listed(m.function.__name__ for m in METHODS.values() if m.levels[0] == 'unit' and 'cluster' not in m.levels)} "
+                         "compare within clusters.")
 
 # %% ../nbs/08_weights.ipynb #5da0a381
 @dataclass(frozen=True)
@@ -315,7 +328,8 @@ class Weights:
     """Weights of a method for a study.
 
     study, method (name), params : what was asked of whom; params["lam"] is the number that was used (one for each weighted arm, if there are
-    two). estimand : "ATT", "ATC", "ATE", "ATO", in a survey "mean" or "total". in_order, reason : (n,) weights, and why a unit is left out, in the study's order.
+    two). estimand : "ATT", "ATC", "ATE", "ATO", in a survey "mean" or "total". in_order, reason : (n,) weights, and why a unit is left out, in the
+    study's order.
     solutions : the solver's solution for each weighted arm, with its certificate; empty if the weights have a closed form. outside : the
     target, if it came from outside the study. facts : what the method adds to the summary."""
     study: Study
@@ -358,7 +372,8 @@ class Weights:
 
     @property
     def gaps(self) -> dict[str, np.ndarray]:
-        """For each mean that is weighted, (n,) each unit's share of the arm's weights minus its share of the target, in the study's order: how far the weights are from
+        """For each mean that is weighted, (n,) each unit's share of the arm's weights minus its share of the target, in the study's order: how far
+        the weights are from
         what they stand for. Raises `InputError` for a target from outside, whose units are not in the study."""
         if self.outside is not None:
             raise InputError("The target comes from outside, so its units cannot be compared one by one with those of the study.")
@@ -481,7 +496,8 @@ def _target_outside(study: Study, target, made: list[Arm], within: bool) -> Targ
         size = round(made[0].target_total.sum())
         return Target(size, 0, size, 0, "units of a population given from outside")      # whose clusters play no part
     outside = _outside(study, target, within)
-    return Target(round(made[0].target_total.sum()), len(made[0].target_total), outside.units, outside.clusters, "units of a population given from outside")
+    return Target(round(made[0].target_total.sum()), len(made[0].target_total), outside.units, outside.clusters,
+                  "units of a population given from outside")
 
 # %% ../nbs/08_weights.ipynb #f7d0e659
 _LEAN = 0.10         # one unit with more than this share of its arm's weight is worth a warning,
@@ -497,7 +513,8 @@ def _warn(weights: Weights) -> None:
         why = "; ".join(f"{reason} ({counted(int(n), 'unit')})" for reason, n in pd.Series(weights.reason[lost]).value_counts(sort=False).items())
         clusters = target.all_clusters - target.clusters
         warnings.warn(DroppedUnitsWarning(
-            f"{target.all_units - target.units:,} of {target.all_units:,} {target.noun} were left out" + (f", and {counted(clusters, 'cluster')} with them" if clusters else "")
+            f"{target.all_units - target.units:,} of {target.all_units:,} {target.noun} were left out"
+            + (f", and {counted(clusters, 'cluster')} with them" if clusters else "")
             + f": {why}. The estimate speaks of {target}."), stacklevel=caller_depth())
     loosest = max((s.tolerance for s in weights.solutions.values()), default=0.0)
     if weights.params.get("tolerance") == "auto" and loosest > _LOOSE:
@@ -543,7 +560,8 @@ def _resolved(weights: Weights, model: OutcomeModel | str | None) -> OutcomeMode
         model = OutcomeModel(knows=model) if model is None or isinstance(model, str) else OutcomeModel(learner=model)
     model = replace(model, knows=model.knows or METHODS[weights.method].knows(weights.params))
     if weights.study.level == "cluster" and model.knows.endswith("clusters"):
-        raise InputError(f"outcome_model={model.knows!r}: whole clusters were treated, so an arm's model cannot know the level of the other arm's clusters. "
+        raise InputError(f"outcome_model={model.knows!r}: whole clusters were treated, so an arm's model cannot know the level of the other arm's "
+                         "clusters. "
                          "Use 'covariates' or 'covariates and cluster means'.")
     return model
 
@@ -558,7 +576,8 @@ def _weighted_means(y: np.ndarray, w: np.ndarray) -> Prediction:
 def predict_outcomes(weights: Weights, y: np.ndarray, model: OutcomeModel | str | None = None) -> dict[str, Prediction]:
     """For each arm ("treated", "controls"; in a survey "respondents"), what an outcome model fitted to its kept units predicts for all units.
 
-    y : (n,) in the study's order. model : an `OutcomeModel`, what it may know, or a learner; default: least squares on what the method conditions on."""
+    y : (n,) in the study's order. model : an `OutcomeModel`, what it may know, or a learner; default: least squares on what the method conditions
+    on."""
     study, kept, model = weights.study, weights.reason == "", _resolved(weights, model)
     masks = {name: group_mask(study, name) & kept for name in (["respondents"] if study.level == "survey" else ["treated", "controls"])}
     if model.knows == "none":
@@ -568,7 +587,9 @@ def predict_outcomes(weights: Weights, y: np.ndarray, model: OutcomeModel | str 
 
 
 def model_residuals(weights: Weights, y: np.ndarray) -> np.ndarray:
-    "(n,) y − m̂ for kept units, m̂ fitted in each arm with what the method conditions on and without the unit; 0 elsewhere. y : (n,) in the study's order."
+    """(n,) y − m̂ for kept units, m̂ fitted in each arm with what the method conditions on and without the unit; 0 elsewhere.
+
+    y : (n,) in the study's order."""
     return _own_residuals(weights, y, predict_outcomes(weights, y))
 
 
@@ -602,7 +623,8 @@ def _which_vcov(study: Study, vcov: str) -> str:
     if not isinstance(vcov, str) or vcov not in _VCOVS:
         raise InputError(f"Unknown vcov {vcov!r}." + nearest(vcov, _VCOVS))
     if vcov == "population" and study.level == "survey":
-        raise InputError("vcov='population' is for effects. In a survey whose clusters were sampled, vcov='CR2' speaks of more than the units at hand.")
+        raise InputError("vcov='population' is for effects. In a survey whose clusters were sampled, vcov='CR2' speaks of more than the units "
+                         "at hand.")
     return {"survey": "residualised", "unit": "residualised", "cluster": "CR2"}[study.level] if vcov == "auto" else vcov
 
 
@@ -613,18 +635,25 @@ def _reasons(weights: Weights, vcov: str, asked: str, model: OutcomeModel) -> tu
     if study.level == "survey":
         steps = [f"{study.columns['outcome'][0]} is a survey's outcome, of {study.n_rows:,} units in {len(study.labels):,} clusters ({clusters})."]
     elif study.level == "cluster":
-        steps = [f"{treat} never varies within {clusters}: whole clusters were treated, so chance has one draw for each of {len(study.labels):,} clusters, and the standard error must count them."]
+        steps = [f"{treat} never varies within {clusters}: whole clusters were treated, so chance has one draw for each of {len(study.labels):,} "
+                 "clusters, and the standard error must count them."]
     else:
-        steps = [f"{treat} varies within {clusters}: units were treated one by one. For the units at hand, the standard error need not count clusters if weights compare within them."]
+        steps = [f"{treat} varies within {clusters}: units were treated one by one. For the units at hand, the standard error need not count "
+                 "clusters if weights compare within them."]
         if own == "covariates and cluster means":
-            steps.append(f"{weights.label} compares across clusters that are alike in their statistics. What clusters have in common beyond these stays in the contrast, as a bias that no standard error covers.")
+            steps.append(f"{weights.label} compares across clusters that are alike in their statistics. What clusters have in common beyond these "
+                         "stays in the contrast, as a bias that no standard error covers.")
         elif "clusters" not in own:
-            steps.append(f"{weights.label} does not: what clusters have in common stays in the contrast. That is a bias first, which no standard error covers; compare within clusters, or "
+            steps.append(f"{weights.label} does not: what clusters have in common stays in the contrast. That is a bias first, which no standard "
+                         "error covers; compare within clusters, or "
                          "see how far vcov='CR2' moves the interval.")
     steps.append({"residualised": "The estimate speaks of the units at hand. Each unit's deviation from the outcome model of its own arm counts.",
-                  "population": "The estimate speaks of all units like these, in these clusters. Each unit's deviation from one model for both arms counts, so that effects that differ count, too.",
-                  }.get(vcov, "The estimate speaks of more clusters like these. Deviations from one model for both arms are added up by cluster, so whatever its units share counts once."))
-    steps.append(f"The outcome model knows: {model.knows}." + (" What weights balance cancels in the contrast and is no uncertainty." if model.knows != "none" else ""))
+                  "population": "The estimate speaks of all units like these, in these clusters. Each unit's deviation from one model for both "
+                                "arms counts, so that effects that differ count, too.",
+                  }.get(vcov, "The estimate speaks of more clusters like these. Deviations from one model for both arms are added up by cluster, "
+                              "so whatever its units share counts once."))
+    steps.append(f"The outcome model knows: {model.knows}."
+                 + (" What weights balance cancels in the contrast and is no uncertainty." if model.knows != "none" else ""))
     return (*steps, f"vcov='{vcov}' was asked for." if asked != "auto" else f"Hence vcov='{vcov}'.")
 
 # %% ../nbs/08_weights.ipynb #a42d7329
@@ -670,18 +699,23 @@ def estimate(self: Weights, outcome=None, by=None, *, vcov: str = "auto", outcom
     """The effect with its standard error.
 
     outcome : the name of one of the study's outcomes, or values in the caller's row order; default: the first outcome.
-    by : values in the caller's row order that define subgroups; rows where it is missing belong to none. Returns a data frame then, one `tidy()` row per subgroup, with the
+    by : values in the caller's row order that define subgroups; rows where it is missing belong to none. Returns a data frame then, one `tidy()` row
+    per subgroup, with the
     units and the largest |SMD| in it: weights balance the sample, and a subgroup only as far as that column says.
-    vcov : "auto" ("residualised"; "CR2" if whole clusters were treated), "residualised" (for the units at hand), "population" (for the units they were drawn from), or "CR0" to "CR3" (counts clusters).
-    outcome_model : what the model behind standard error and correction may know ("none", "covariates", "covariates and clusters", …), a learner, or an `OutcomeModel`; default: what the
+    vcov : "auto" ("residualised"; "CR2" if whole clusters were treated), "residualised" (for the units at hand), "population" (for the units they
+    were drawn from), or "CR0" to "CR3" (counts clusters).
+    outcome_model : what the model behind standard error and correction may know ("none", "covariates", "covariates and clusters", …), a learner, or
+    an `OutcomeModel`; default: what the
     method conditions on. bias_corrected : subtract what that model says of the imbalance that is left.
-    Raises `InputError` if there is no outcome, `EstimationError` if an arm has fewer than two units (or for CR, clusters) with weight. Warns (`FewClustersWarning`) if the standard error
+    Raises `InputError` if there is no outcome, `EstimationError` if an arm has fewer than two units (or for CR, clusters) with weight. Warns
+    (`FewClustersWarning`) if the standard error
     has fewer than 5 degrees of freedom."""
     study, y, asked = self.study, _outcome(self.study, outcome), vcov
     vcov, model = _which_vcov(study, vcov), _resolved(self, outcome_model)
     takes_out = study.level != "survey" or study.totals is not None or vcov not in KINDS        # whether the standard error takes the model out
     if outcome_model is not None and not takes_out and not bias_corrected:
-        raise InputError(f"outcome_model plays no part in vcov={vcov!r} of a survey without population totals, whose own means would change with its clusters. Leave it out, or ask for bias_corrected=True.")
+        raise InputError(f"outcome_model plays no part in vcov={vcov!r} of a survey without population totals, whose own means would change with "
+                         "its clusters. Leave it out, or ask for bias_corrected=True.")
     found = predict_outcomes(self, y, model)
     if study.level == "survey":
         if by is not None:
@@ -695,7 +729,8 @@ def estimate(self: Weights, outcome=None, by=None, *, vcov: str = "auto", outcom
         effect = _with_error(self, y, self.in_order, residuals, vcov)
         effect = _corrected(self, effect, found) if bias_corrected else effect
     _warn_few(effect)
-    return replace(effect, vcov=effect.vcov + ("; corrected for remaining imbalance" if bias_corrected else ""), reasons=_reasons(self, vcov, asked, model if takes_out else replace(model, knows="none")))
+    reasons = _reasons(self, vcov, asked, model if takes_out else replace(model, knows="none"))
+    return replace(effect, vcov=effect.vcov + ("; corrected for remaining imbalance" if bias_corrected else ""), reasons=reasons)
 
 
 def _warn_few(effect: Estimate) -> None:
@@ -703,7 +738,8 @@ def _warn_few(effect: Estimate) -> None:
         fewest = "" if effect.clusters is None else (" The {} rest on clusters that count like {:.1f} of equal weight.".format(
             effect.clusters["effective"].idxmin(), effect.clusters["effective"].min()))
         warnings.warn(FewClustersWarning(
-            f"The standard error has {effect.df:.1f} degrees of freedom, so even its t interval is approximate.{fewest} Spread the weights over more clusters (a larger lam, fewer covariates, "
+            f"The standard error has {effect.df:.1f} degrees of freedom, so even its t interval is approximate.{fewest} Spread the weights over "
+            "more clusters (a larger lam, fewer covariates, "
             "another estimand), or test with wild_cluster_test, which flips the signs of whole clusters."), stacklevel=caller_depth())
 
 # %% ../nbs/08_weights.ipynb #198535f5
@@ -724,7 +760,7 @@ def _by_group(weights: Weights, y: np.ndarray, residuals: np.ndarray, by, vcov: 
         w = np.where(mine, weights.in_order, 0.0)
         smd = standardized_differences(study.x, study.treat, np.array([0, study.n]), mine * study.sampling_weights, w)[1]
         try:
-            effect = _with_error(weights, y, w, _centred(study, residuals, w), vcov)       # a subgroup has its own mean, which the model does not know
+            effect = _with_error(weights, y, w, _centred(study, residuals, w), vcov)       # a subgroup's own mean is not known to the model
         except EstimationError as error:
             raise EstimationError(f"Subgroup {shown(group)}: {error}") from None
         _warn_few(effect)
@@ -748,7 +784,8 @@ def _refitted(study: Study, recipe: Weights, outcome) -> dict[str, float]:
 
 
 def named_outcome(weights: Weights, outcome=None) -> tuple[Weights, Hashable]:
-    """The weights on a study that holds the outcome asked for under a name, and that name. Their solutions are left behind: they need not travel to other processes.
+    """The weights on a study that holds the outcome asked for under a name, and that name. Their solutions are left behind: they need not travel to
+    other processes.
 
     outcome : as in `Weights.estimate`."""
     y, study, name = _outcome(weights.study, outcome), weights.study, next(iter(weights.study.outcomes), None) if outcome is None else outcome
@@ -762,13 +799,16 @@ def bootstrap(self: Weights, outcome=None, *, resample: str = "clusters", replic
               workers: int | None = 1, progress: bool = True) -> Bootstrap:
     """The estimate with its spread over drawn studies, each weighted anew by the same recipe; `lam` stays what it was.
 
-    outcome : as in `estimate`. resample, replicates, seed, workers, progress : as in `bootstrap` of the chapter on drawing again, which says what fails and how.
-    Raises `InputError` for a target from outside that lies in clusters, where resample="clusters": nothing says which of its clusters belongs to which draw."""
+    outcome : as in `estimate`. resample, replicates, seed, workers, progress : as in `bootstrap` of the chapter on drawing again, which says what
+    fails and how.
+    Raises `InputError` for a target from outside that lies in clusters, where resample="clusters": nothing says which of its clusters belongs to
+    which draw."""
     if self.outside is not None and self.outside.clusters and resample == "clusters":
         raise InputError("The target from outside lies in clusters, and is not drawn with those of the study. Say resample='fractional' or 'units': "
                          "then it stays as it is.")
     recipe, name = named_outcome(self, outcome)
-    return bootstrap_study(recipe.study, functools.partial(_refitted, recipe=recipe, outcome=name), resample=resample, replicates=replicates, seed=seed,
+    return bootstrap_study(recipe.study, functools.partial(_refitted, recipe=recipe, outcome=name), resample=resample, replicates=replicates,
+                           seed=seed,
                            workers=workers, progress=progress)
 
 # %% ../nbs/08_weights.ipynb #21494839
@@ -788,15 +828,19 @@ def _top_share(w: np.ndarray) -> float:
 
 @patch
 def summary(self: Weights, balance: Balance | None = None) -> Table:
-    "What was done, for whom, how the weights look, what they balance, and how the solver fared. balance : `self.balance()`, if it is at hand already."
+    """What was done (`lam`, and options that are not at their defaults), for whom, how the weights look, what they balance, and how the solver fared.
+
+    balance : `self.balance()`, if it is at hand already."""
     kept, balanced = self.reason == "", self.balance() if balance is None else balance
-    options = ", ".join(f"{k}={_value(v)}" for k, v in self.params.items() if k != "estimand" and not (k == "target" and v is None))
+    usual = METHODS[self.method].defaults
+    options = ", ".join(f"{k}={_value(v)}" for k, v in self.params.items() if k == "lam" or k != "estimand" and _value(v) != _value(usual[k]))
     facts = {"method": f"{self.label} ({options})" if options else self.label,
              "estimand": f"{self.estimand}: " + ("of " if self.study.level == "survey" else "effect on ") + f"{self.target}"}
     for arm, mask in self.weighted_arms.items():
         w = self.in_order[mask]
         facts |= {arm: f"{(kept & mask).sum():,} kept of {len(w):,}, {(w > 0).sum():,} with weight",
-                  f"weights of {arm}": f"sum {w.sum():,.6g}, largest {w.max():.3g} ({w.max() / w.sum():.1%} of the sum; the top 1% hold {_top_share(w):.0%})",
+                  f"weights of {arm}": f"sum {w.sum():,.6g}, largest {w.max():.3g} ({w.max() / w.sum():.1%} of the sum; the top 1% hold "
+                                       f"{_top_share(w):.0%})",
                   f"effective {arm}": f"{self.ess[arm]:,.0f}"}
     goal = self._outside_means()
     if goal is not None and self.target.units == self.target.all_units:
@@ -822,7 +866,8 @@ def _repr_html_(self: Weights) -> str:
     return self.summary()._repr_html_()
 
 # %% ../nbs/08_weights.ipynb #a8c777e0
-@method("unadjusted", "Unadjusted", outcome_model="none", levels=("unit", "cluster", "survey"), source="The difference of means, in a survey the mean, without adjustment.")
+@method("unadjusted", "Unadjusted", outcome_model="none", levels=("unit", "cluster", "survey"),
+        source="The difference of means, in a survey the mean, without adjustment.")
 def unadjusted_weights(study: Study, *, estimand: str | None = None, cluster_weight: str = "units") -> Weights:
     """No adjustment: each unit keeps its sampling weight, scaled to the target's total. The plain difference of means (survey: the mean).
 
@@ -901,6 +946,11 @@ _SPLITS = 3
 _ENOUGH = 0.95
 
 
+def _enough(q: np.ndarray) -> int:
+    "The first of squared imbalances q, lam falling, with 95% of what there is to gain."
+    return int(np.argmax(q <= q[0] - _ENOUGH * (q[0] - q.min())))
+
+
 def _halves(study: Study, arm: Arm, within: bool, standardize: bool, rng: np.random.Generator) -> list[Arm]:
     "The arm with either half of its target, drawn within clusters and counted twice. Clusters with a single target unit have no part in it."
     order = np.lexsort((rng.permutation(study.n), study.cluster))
@@ -941,21 +991,41 @@ def balance_lam(study: Study, estimand: str, name: str, problem: Callable[[Arm],
     for _ in range(_SPLITS):
         first, second = _halves(study, arm, within, standardize, rng)
         held += _held_out(first, second, problem, tolerance) + _held_out(second, first, problem, tolerance)
-    return float(_LAMS[np.argmax(held <= held[0] - _ENOUGH * (held[0] - held.min()))])
+    return float(_LAMS[_enough(held)])
 
 # %% ../nbs/08_weights.ipynb #cd649968
+def _knee(size: np.ndarray, imbalance: np.ndarray) -> int | None:
+    "The point furthest below the chord of the curve (size, imbalance), both scaled to 0 … 1; None if there is none below it."
+    if np.ptp(size) == 0 or np.ptp(imbalance) == 0:
+        return None
+    below = (size - size.min()) / np.ptp(size) - (imbalance - imbalance.min()) / np.ptp(imbalance)
+    return int(np.argmax(below)) if below.max() > 1e-9 else None
+
+# %% ../nbs/08_weights.ipynb #8d51fb55
+_CHOICES = {"this recipe": ("X", 11), "knee": ("D", 8), "95% of attainable balance": ("s", 10), "held-out balance": ("^", 10)}
+
+
 @dataclass(frozen=True, eq=False)
 class LamPath:
-    """One recipe along `lam`. table : one row for each, with lam, ess (of the weighted arms, the smaller), l2_local (after weighting) and the
-    estimate (if there is an outcome). chosen : the recipe's own row."""
+    """One recipe along `lam`.
+
+    table : one row for each, with lam (of two weighted arms the geometric mean), ess (of the weighted arms, the smaller), imbalance, and the estimate
+    (if there is an outcome). choices : the same for "this recipe", and where the rules choose, for the "knee" of the path, "95% of attainable balance"
+    along the path, and "held-out balance" (`lam="balance"`). label : of the method. measure : what imbalance is. notes : why a choice is missing."""
     table: pd.DataFrame
-    chosen: pd.Series
+    choices: pd.DataFrame
     label: str
+    measure: str
+    notes: Sequence[str] = ()
 
     def summary(self) -> Table:
-        "The table for reading."
-        rows = self.table.set_index(pd.Index([f"{lam:.4g}" for lam in self.table["lam"]], name="lam")).drop(columns="lam")
-        return Table(rows, title=f"{self.label} along lam", formats={"ess": ",.0f", "l2_local": ".3f", "estimate": "z.4f"})
+        "Path and choices in one table, by lam."
+        marked = self.choices.assign(choice=self.choices.index)
+        rows = pd.concat([marked, self.table[~self.table["lam"].isin(marked["lam"])].assign(choice="")])
+        rows = rows.groupby("lam").agg({name: "first" for name in self.table if name != "lam"} | {"choice": ", ".join})
+        rows.index = pd.Index([f"{lam:.4g}" for lam in rows.index], name="lam")
+        return Table(rows, title=f"{self.label} along lam", notes=[f"imbalance: {self.measure}.", *self.notes],
+                     formats={"ess": ",.0f", "imbalance": ".3g", "estimate": "z.4f"})
 
     def __str__(self) -> str: return str(self.summary())
     __repr__ = __str__
@@ -963,41 +1033,109 @@ class LamPath:
     def _repr_html_(self) -> str: return self.summary()._repr_html_()
 
     def plot(self, axes=None):
-        "Local imbalance and, if there is one, the estimate against the effective sample size; a cross marks the recipe's own. Returns the Axes."
-        shown = {"l2_local": "local L2 after weighting", "estimate": "estimate"}
+        "Imbalance and, if there is one, the estimate against the effective sample size, with the choices marked. Returns the Axes."
+        shown = {"imbalance": self.measure, "estimate": "estimate"}
         shown = {name: label for name, label in shown.items() if name in self.table}
         if axes is None:
             import matplotlib.pyplot as plt
-            _, axes = plt.subplots(1, len(shown), figsize=(1 + 4 * len(shown), 3.2), squeeze=False, layout="constrained")
+            _, axes = plt.subplots(1, len(shown), figsize=(1 + 4 * len(shown), 3.6), squeeze=False, layout="constrained")
         axes = panels(axes, len(shown))
         for ax, (name, label) in zip(axes, shown.items()):
-            ax.plot(self.table["ess"], self.table[name], "o-", color="black", markersize=4)
-            ax.plot(self.chosen["ess"], self.chosen[name], "X", color="black", markersize=11, markerfacecolor="white")
+            ax.plot(self.table["ess"], self.table[name], ".-", color="black", markersize=5, linewidth=1)
+            for choice, row in self.choices.iterrows():
+                shape, size = _CHOICES[choice]
+                ax.plot(row["ess"], row[name], shape, color="black", markersize=size, markerfacecolor="none", label=choice, linestyle="none")
             ax.set(xlabel="effective sample size", ylabel=label)
             ax.spines[["top", "right"]].set_visible(False)
+        axes[0].legend(fontsize="small", frameon=False)
         return axes
+
+# %% ../nbs/08_weights.ipynb #855dd998
+def _posed(weights: Weights) -> list[tuple[Arm, Problem]]:
+    "The problem with lam = 1 of each weighted arm, loosened as the recipe's was; empty if the method has none."
+    own, params = METHODS[weights.method], weights.params
+    if own.problem is None:
+        return []
+    within, problem = own.problem(weights.study, params)
+    made, _, _ = arms(weights.study, weights.estimand, within=within,
+                      **{k: params[k] for k in ("cluster_weight", "standardize", "target") if k in params})
+    exact = {name for name, solution in weights.solutions.items() if solution.tolerance == 0}
+    return [(arm, with_tolerance(problem(arm), 0.0 if arm.name in exact else params["tolerance"])) for arm in made]
+
+
+def _along(weights: Weights, posed: Sequence[tuple[Arm, Problem]], lams: Sequence) -> list[Weights]:
+    "The recipe with each of `lams` (numbers, or one for each arm): in one go, or fitted anew where there is no problem or a solver was asked for."
+    if not posed or weights.params["solver"] != "auto":
+        return [weights.refit(weights.study, lam=lam) for lam in lams]
+    in_order, solutions = [weights.in_order.copy() for _ in lams], [{} for _ in lams]
+    for arm, problem in posed:
+        values = np.array([lam[arm.name] if isinstance(lam, Mapping) else lam for lam in lams])
+        falling = np.argsort(-values)
+        for k, solution in zip(falling, solve_path(problem, values[falling])):
+            in_order[k][arm.rows], solutions[k][arm.name] = solution.weights, solution
+    return [replace(weights, params=weights.params | {"lam": lam}, in_order=w, solutions=s) for lam, w, s in zip(lams, in_order, solutions)]
+
+
+def _left(weights: Weights, posed: Sequence[tuple[Arm, Problem]], where: str) -> float:
+    "The imbalance that a path shows: of the problems, or where there are none L2 `where`, global or local."
+    if not posed:
+        return float(weights.balance().l2.loc[where, "after"])
+    return float(np.sqrt(sum(((problem.balance(weights.in_order[arm.rows]) - problem.target) ** 2).sum() for arm, problem in posed)))
+
+
+def _middle(lam) -> float:
+    "A number for a table: itself, or the geometric mean over arms."
+    return float(np.exp(np.mean(np.log(list(lam.values()))))) if isinstance(lam, Mapping) else lam
+
+
+def _held_out_choice(weights: Weights) -> tuple[list[Weights], list[str]]:
+    "The recipe with lam='balance', or why there is none."
+    if METHODS[weights.method].problem is None:
+        return [], []
+    try:
+        return [weights.refit(weights.study, lam="balance")], []
+    except EstimationError as error:
+        return [], [f"No held-out choice: {error}"]
 
 
 @patch
 def path(self: Weights, lams: Sequence[float] | None = None) -> LamPath:
-    """What the same recipe gives with other `lam`: effective sample size, local imbalance, estimate.
+    """What the same recipe gives with other `lam`: effective sample size, imbalance, estimate; and which `lam` three rules choose that read no
+    outcome.
 
-    lams : positive numbers (default: nine from 1/100 to 100 times the recipe's own, in each weighted arm).
-    Raises `InputError` if the method has no lam."""
+    lams : positive numbers. Default: 25 from 0.001 to 100,000; for methods without a held-out choice nine from 1/100 to 100 times the recipe's own.
+    With two weighted arms they keep the ratio of the recipe's own.
+    Raises `InputError` if the method has no lam, or for other numbers.
+    Source of the knee: Satopää, Albrecht, Irwin & Raghavan (2011)."""
     if "lam" not in self.params:
         raise InputError(f"{self.label} has no lam.")
-    def row(weights, lam):
-        found = {"lam": lam, "ess": min(weights.ess[arm] for arm in weights.weighted_arms), "l2_local": weights.balance().l2.loc["local", "after"]}
-        return found | ({} if self.study.outcome is None else {"estimate": point_estimate(weights, self.study.outcome)})
     own = self.params["lam"]
-    middle = float(np.exp(np.mean(np.log(list(own.values()))))) if isinstance(own, Mapping) else own
-    grid = np.logspace(-2, 2, 9) if lams is None else np.asarray(lams, dtype=float) / middle
+    posed = _posed(self)
+    usual = _LAMS if posed else np.logspace(-2, 2, 9) * _middle(own)
+    grid = np.sort(np.asarray(usual if lams is None else lams, dtype=float).ravel())
+    if not (grid.size and np.isfinite(grid).all() and (grid > 0).all()):
+        raise InputError("lams must be positive numbers.")
+    where = "global" if posed or np.isnan(self.balance().l2.loc["local", "after"]) else "local"
+    measure = "L2 imbalance that weights minimise" if posed else f"{where} L2 after weighting"
+
+    def row(weights, lam):
+        found = {"lam": lam, "ess": min(weights.ess[arm] for arm in weights.weighted_arms),
+                 "imbalance": _left(weights, posed, where)}
+        return found | ({} if self.study.outcome is None else {"estimate": point_estimate(weights, self.study.outcome)})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", OverlapWarning)      # small lam is there to show what it does
         warnings.simplefilter("ignore", DroppedUnitsWarning)
-        times = [{arm: v * f for arm, v in own.items()} if isinstance(own, Mapping) else own * f for f in grid]
-        rows = [row(self.refit(self.study, lam=lam), middle * f) for lam, f in zip(times, grid)]
-    return LamPath(pd.DataFrame(rows), pd.Series(row(self, middle)), self.label)
+        times = [{arm: v * lam / _middle(own) for arm, v in own.items()} if isinstance(own, Mapping) else lam for lam in grid.tolist()]
+        table = pd.DataFrame([row(w, lam) for w, lam in zip(_along(self, posed, times), grid)])
+        held_out, notes = _held_out_choice(self)
+    knee, falling = _knee(table["ess"].to_numpy(), table["imbalance"].to_numpy()), table["imbalance"].to_numpy()[::-1] ** 2
+    choices = {"this recipe": row(self, _middle(own))} | ({} if knee is None else {"knee": table.iloc[knee]}) | {
+        "95% of attainable balance": table.iloc[len(table) - 1 - _enough(falling)]} | {
+            "held-out balance": row(w, _middle(w.params["lam"])) for w in held_out}
+    return LamPath(table, pd.DataFrame.from_dict(choices, orient="index", columns=table.columns), self.label, measure, tuple(notes))
+
+
+
 
 # %% ../nbs/08_weights.ipynb #1005e2dc
 @dataclass(frozen=True, eq=False)
@@ -1052,7 +1190,8 @@ def feasibility(study: Study, estimand: str = "ATT") -> Feasibility:
     tolerance, conflicts = _closest_to_target(arm)
     notes = [f"{(~(lost | idle)).sum():,} of {len(frame):,} clusters have both arms."]
     if lost.any():
-        notes.append(f"Within clusters, {(n1 if estimand == 'ATT' else n0)[lost].sum():,} target units in {counted(int(lost.sum()), 'cluster')} are lost.")
+        notes.append(f"Within clusters, {(n1 if estimand == 'ATT' else n0)[lost].sum():,} target units in {counted(int(lost.sum()), 'cluster')} "
+                     "are lost.")
     notes.append("Exact global balance is possible within clusters." if not conflicts else
                  f"Exact global balance is impossible within clusters, because of {listed(conflicts)}; the smallest tolerance is {tolerance:.2g} "
                  "standard deviations.")

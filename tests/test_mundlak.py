@@ -1,6 +1,8 @@
 """Mundlak weights: parity with R, the link to hierarchical weights, statistics, extrapolation, scores and the split of the bias."""
 
+import json
 import pickle
+import re
 import warnings
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 
 import clusterweights as cw
 import clusterweights.weights as weights_module
+from clusterweights.framework import ess
 from clusterweights.hierarchical import solve_hierarchical
 from clusterweights.mundlak import solve_mundlak
 from clusterweights.simulate import framework_data, simulated_study
@@ -147,7 +150,8 @@ def test_cluster_level_covariates_alone(frame):
     study = cw.Study(sized, treat="treat", outcome="outcome", cluster="cluster", covs=["size"])
     w = cw.mundlak_weights(study)
     assert w.facts["statistics"].startswith("2 of each cluster, and 0 × 2 = 0 products")
-    assert np.average(sized["size"][sized["treat"] == 0], weights=w.weights[sized["treat"] == 0]) == pytest.approx(sized["size"][sized["treat"] == 1].mean())
+    weighted = np.average(sized["size"][sized["treat"] == 0], weights=w.weights[sized["treat"] == 0])
+    assert weighted == pytest.approx(sized["size"][sized["treat"] == 1].mean())
 
 
 @pytest.mark.parametrize("name, options", [("hierarchical", {}), ("mundlak", {}), ("mundlak", {"variant": "avto"})])
@@ -193,15 +197,86 @@ def test_lam_by_balance_needs_pairs_of_target_units(frame):
         cw.hierarchical_weights(study, lam="balance", estimand="ATE", target=frame)
 
 
-def test_the_path_ends_where_single_fits_do(frame):
+@pytest.mark.parametrize("method, options", [
+    ("hierarchical", {}), ("hierarchical", {"estimand": "ATE", "bounds": (0, 20)}), ("hierarchical", {"tolerance": 0.05, "standardize": False}),
+    ("mundlak", {}), ("mundlak", {"estimand": "ATC", "cluster_weight": "clusters", "tolerance": 0.1}),
+    ("mundlak", {"variant": "avto", "estimand": "ATE"}),
+    ("mundlak", {"variant": "avto", "max_share": 0.5})])
+def test_the_path_is_that_of_cold_fits_in_fewer_steps(frame, method, options):
+    people = np.random.default_rng(4).integers(1, 4, len(frame))
+    study = cw.Study(frame.assign(people=people), treat="treat", outcome="outcome", cluster="cluster", covs=["x1", "x2", "x3", "x4"],
+                     sampling_weights="people")
+    w = getattr(cw, f"{method}_weights")(study, lam=1.0, **options)
+    lams = np.random.default_rng(0).permutation(np.logspace(-2, 3, 11)).tolist()
+    lams = [{"controls": lam, "treated": 2 * lam} for lam in lams] if w.estimand == "ATE" else lams
+    together, alone = weights_module._along(w, weights_module._posed(w), lams), [w.refit(study, lam=lam) for lam in lams]
+    for one, other in zip(together, alone):
+        np.testing.assert_allclose(one.in_order, other.in_order, atol=1e-9)
+        assert one.params == other.params and one.solution.certificate.ok
+        assert {arm: s.tolerance for arm, s in one.solutions.items()} == {arm: s.tolerance for arm, s in other.solutions.items()}
+    steps = [sum(s.iterations for w in found for s in w.solutions.values()) for found in (together, alone)]
+    assert steps[0] < 0.75 * steps[1]
+
+
+def test_the_path_where_balance_is_loosened(frame):
+    "Clusters too small for exact balance: the same smallest tolerance at each point, and the choice of lam reads no outcome."
+    small = frame.groupby("cluster").head(6).reset_index(drop=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", cw.ClusterWeightsWarning)
+        w = cw.hierarchical_weights(simulated_study(small), lam=1.0, tolerance="auto")
+        path = w.path([0.1, 10.0])
+        assert w.solution.tolerance > 0
+        for lam, row in path.table.set_index("lam").iterrows():
+            assert w.refit(w.study, lam=lam).estimate().estimate == pytest.approx(row["estimate"], abs=1e-9)
+
+
+@pytest.mark.parametrize("estimand", ["ATT", "ATE"])
+def test_what_the_path_shows_and_chooses(frame, estimand):
     study = simulated_study(frame)
-    w = cw.mundlak_weights(study, lam=3.0, estimand="ATE")
-    path = w.path([0.3, 3.0, 3000.0])
-    other = cw.mundlak_weights(study, lam=3000.0, estimand="ATE")
-    assert path.table["estimate"].iloc[2] == pytest.approx(other.estimate().estimate)
-    assert path.table["ess"].iloc[2] == pytest.approx(min(other.ess.values()))
-    assert path.table.iloc[1].to_numpy() == pytest.approx(path.chosen.to_numpy())
-    assert "estimate" not in cw.hierarchical_weights(cw.Study(frame, treat="treat", cluster="cluster", covs="x1"), lam=1.0).path([1.0, 2.0]).table
+    w = cw.mundlak_weights(study, lam={"controls": 2.0, "treated": 8.0} if estimand == "ATE" else 4.0, estimand=estimand)
+    path = w.path()
+    table, choices = path.table, path.choices
+    assert table["lam"].to_numpy() == pytest.approx(np.logspace(-3, 5, 25)) and choices.loc["this recipe", "lam"] == pytest.approx(4.0)
+    both, z = columns(study), study.treat
+    psi = (both[:, :4, None] * both[:, None, 4:]).reshape(study.n, -1) / np.sqrt(5)
+    goal = psi.mean(axis=0) if estimand == "ATE" else psi[z].mean(axis=0)
+    for name, made in (("this recipe", w), ("held-out balance", w.refit(study, lam="balance"))):
+        arms_now = [~z, z] if estimand == "ATE" else [~z]
+        gaps = [np.average(psi[arm], weights=made.in_order[arm], axis=0) - goal for arm in arms_now]
+        assert choices.loc[name, "imbalance"] == pytest.approx(np.linalg.norm(gaps), abs=1e-9)
+        assert choices.loc[name, "ess"] == pytest.approx(min(ess(made.in_order[arm]) for arm in arms_now))
+        assert choices.loc[name, "estimate"] == pytest.approx(made.estimate().estimate)
+    lams = table["lam"]
+    for shown in (path, w.path(np.logspace(0, 5, 16))):
+        squared = shown.table["imbalance"] ** 2
+        enough = squared.iloc[-1] - squared >= 0.95 * (squared.iloc[-1] - squared.min())
+        assert shown.choices.loc["95% of attainable balance", "lam"] == shown.table["lam"][enough].max()
+    points = table[["ess", "imbalance"]].to_numpy()
+    across = np.diff(points[[0, -1]], axis=0)[0] / np.ptp(points, axis=0)
+    distance = [np.linalg.det([across, (p - points[0]) / np.ptp(points, axis=0)]) for p in points]         # to the chord, times its length
+    assert choices.loc["knee", "lam"] == lams[np.argmin(distance)]
+    blind = cw.Study(frame, treat="treat", cluster="cluster", covs=["x1", "x2", "x3", "x4"])
+    unseen = cw.mundlak_weights(blind, lam=w.params["lam"], estimand=estimand).path()
+    np.testing.assert_array_equal(unseen.choices["lam"], choices["lam"])
+    assert "estimate" not in unseen.table and len(unseen.plot()) == 1
+    text = str(path)
+    assert all(name in text for name in choices.index) and len(path.plot()) == 2
+
+
+def test_paths_without_a_problem_or_a_held_out_choice(frame):
+    study = simulated_study(frame)
+    asked = cw.mundlak_weights(study, lam=2.0, solver="piqp")
+    assert {w.solution.solver for w in weights_module._along(asked, weights_module._posed(asked), [1.0, 5.0])} == {"piqp"}
+    soft = cw.softcal_weights(study, lam=5.0).path([1.0, 20.0])
+    assert soft.measure.startswith("local") and "held-out balance" not in soft.choices.index
+    assert soft.table["imbalance"].iloc[1] == pytest.approx(cw.softcal_weights(study, lam=20.0).balance().l2.loc["local", "after"])
+    there = cw.hierarchical_weights(study, lam=1.0, estimand="ATE", target=frame).path([1.0, 2.0])
+    assert "No held-out choice" in str(there) and "held-out balance" not in there.choices.index
+    whole = cw.Study(frame.assign(treat=frame["cluster"] % 2), treat="treat", outcome="outcome", cluster="cluster", covs=["x1", "x2"])
+    assert cw.cos_weights(whole, lam=1.0, icc=0.1).path().measure.startswith("global")
+    for wrong in ([], [0.0], [1.0, np.nan]):
+        with pytest.raises(cw.InputError, match="positive numbers"):
+            asked.path(wrong)
 
 
 def test_scores_are_those_of_a_logistic_regression(frame):
@@ -244,3 +319,36 @@ def test_weights_travel(frame):
     assert cw.mundlak_weights(simulated_study(frame), variant="avto").label == "Mundlak, average to one"
     drawn = w.study.resample(np.arange(0, 30, 2))
     np.testing.assert_allclose(w.refit(drawn).weights, cw.mundlak_weights(drawn, lam=w.params["lam"]).weights, atol=1e-12)
+
+
+def test_the_chapter_quotes_the_benchmark():
+    "The figures in the chapter are those of benchmarks/framework_simulation.md."
+    root = Path(__file__).resolve().parents[1]
+    names = {"balancing": "no clusters"}
+    text = (root / "benchmarks/framework_simulation.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^ ?(0\.\d+) +(.+?) +(-?0\.\d+)((?: +-?\d+\.\d+){3}) +(0\.\d+)", text, re.M)
+    measured = {(names.get(name, name), float(rho)): (float(bias), float(sd)) for rho, name, bias, _, sd in lines}
+    [cell] = [cell["source"] for cell in json.loads((root / "nbs/13_mundlak.ipynb").read_text(encoding="utf-8"))["cells"]
+              if "method,rho,bias,sd" in "".join(cell["source"])]
+    quoted = re.findall(r'^"?([\w ,-]+?)"?,([\d.]+),(-?[\d.]+),([\d.]+)$', "".join(cell), re.M)
+    assert {(name, float(rho)): (float(bias), float(sd)) for name, rho, bias, sd in quoted} == measured and len(measured) == 18
+
+
+def test_the_plot_over_statistics(frame):
+    "With statistics that tell clusters apart, global balance cannot reach a cluster without controls; average to one leaves it out."
+    few = frame[(frame["cluster"] < 8) & ~((frame["cluster"] == 0) & (frame["treat"] == 0))]
+    study = cw.Study(few, treat="treat", outcome="outcome", cluster="cluster", covs=["x2", "x4"])
+    recipes = {"few": "treated", "more": ["means", "treated"], "too many": lambda s: np.eye(8)[s.cluster][:, 1:]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", cw.ClusterWeightsWarning)
+        beside = cw.hierarchical_weights(study, lam=3.0)
+        made = [cw.mundlak_weights(study, variant=variant, statistics=recipes[label], lam=3.0).estimate().estimate
+                for variant, label in (("gb", "few"), ("gb", "more"), ("avto", "few"), ("avto", "more"), ("avto", "too many"))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ax = cw.plot_statistics(study, recipes, beside=beside, lam=3.0)
+    gb, avto = ax.lines[0], ax.lines[1]
+    np.testing.assert_allclose(np.r_[gb.get_xdata()[:2], avto.get_xdata()], made, atol=1e-12)
+    assert np.isnan(gb.get_xdata()[2]) and (gb.get_markerfacecolor(), avto.get_markerfacecolor()) == ("black", "white")
+    assert [text.get_text() for text in ax.get_yticklabels()] == list(recipes)
+    assert ax.lines[2].get_xdata()[0] == pytest.approx(beside.estimate().estimate)

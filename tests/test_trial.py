@@ -12,9 +12,10 @@ import pytest
 from scipy import stats
 
 import clusterweights as cw
-from clusterweights.trial import (Trial, design_effect, effective_n, false_positive_rates, intracluster_correlation, model_effect, plot_power,
-                                  power_grid, profile_interval, randomisation_test, rejection_rates, sampling_distribution,
-                                  simulate_power, simulate_trial, trial_effect, two_stage_effects)
+from clusterweights.robust import cluster_robust
+from clusterweights.trial import (TARGETS, Trial, design_effect, effective_n, false_positive_rates, intracluster_correlation, model_effect, pair_effect,
+                                  plot_power, power_grid, profile_interval, randomisation_interval, randomisation_test, rejection_rates,
+                                  sampling_distribution, simulate_plan, simulate_power, simulate_trial, trial_effect, two_stage_effects)
 
 EGAP = Path(__file__).parent / "reference" / "egap"
 EXPECTED = json.loads((EGAP / "expected.json").read_text())
@@ -89,6 +90,38 @@ def test_true_standard_error(pretend):
     drawn = sampling_distribution(thirty["Y1"], thirty["Y0"], starts_of(thirty["j"]), 15, draws=20_000)
     assert not drawn.enumerated                                     # R drew 5,000: a spread has the error se/sqrt(2R)
     assert drawn.std_error == pytest.approx(0.161, abs=4 * 0.161 / np.sqrt(2 * 5000) + 0.0005)
+
+
+@pytest.mark.parametrize(("row", "j"), [(0, 4), (1, 30), (2, 100)])
+def test_standard_errors_over_the_number_of_clusters(row, j):
+    "Printed to three digits; the simulated one from 5,000 lots drawn by R."
+    want, frame = EXPECTED["compare_SE"]["table"][row], load(f"J_{j}_clusters")
+    trial = as_trial(frame)
+    assert (want["J"], len(trial.sizes), len(trial.y)) == (j, j, 100 * j)
+    assert trial_effect(trial, vcov="iid").std_error == pytest.approx(want["IID_SE"], abs=5e-4)
+    assert trial_effect(trial, vcov="CR1").std_error * np.sqrt((100 * j - 1) / (100 * j - 2)) == pytest.approx(want["RCSE"], abs=5e-4)
+    true = sampling_distribution(frame["Y1"], frame["Y0"], starts_of(frame["j"]), j // 2, draws=50_000)
+    assert true.enumerated == (j == 4)
+    assert true.std_error == pytest.approx(want["simulated_SE"], abs=4 * true.std_error / np.sqrt(2 * 5000) + 5e-4)
+
+
+def test_a_hundred_clusters():
+    "One trial, four analyses: where statsmodels and the closed forms must agree to 1e-6."
+    frame = load("J_100_clusters")
+    trial = as_trial(frame)
+    assert trial.totals.sum() == pytest.approx(frame["Y"].sum(), abs=1e-8)
+    statsmodels = pytest.importorskip("statsmodels.api")
+    fit = statsmodels.OLS(trial.y, np.column_stack([np.ones(10_000), trial.treat])).fit()
+    robust = fit.get_robustcov_results("cluster", groups=frame["j"])
+    assert trial_effect(trial).estimate == pytest.approx(fit.params[1], abs=1e-10)
+    assert trial_effect(trial, vcov="iid").std_error == pytest.approx(fit.bse[1], abs=1e-9)
+    assert trial_effect(trial, vcov="CR1").std_error * np.sqrt(9999 / 9998) == pytest.approx(robust.bse[1], abs=1e-9)
+    normal = trial_effect(trial, "horvitz_thompson", vcov="null")
+    test = randomisation_test(trial, draws=20_000)
+    assert test.std_error == pytest.approx(normal.std_error, abs=4 * normal.std_error / np.sqrt(2 * 20_000))
+    means = trial.totals / 100
+    assert trial_effect(trial).p_value == pytest.approx(stats.ttest_ind(means[trial.treated], means[~trial.treated]).pvalue, abs=1e-9)
+    assert test.p_value == pytest.approx(trial_effect(trial).p_value, abs=0.02)
 
 
 def test_standard_errors(pretend):
@@ -169,12 +202,29 @@ def test_any_statistic():
         return np.array([by_hand(row, y, starts, trial.block, "difference") for row in z])
     own, built_in = randomisation_test(trial, named, null=0.3), randomisation_test(trial, null=0.3)
     assert own.p_value == built_in.p_value and own.statistic == "named"
-    with pytest.raises(cw.InputError, match="grid"):
+    with pytest.raises(cw.InputError, match="randomisation_interval"):
         own.conf_int()
+    assert randomisation_interval(trial, named, level=0.8) == pytest.approx(randomisation_test(trial).conf_int(0.8), abs=1e-6)
+    assert randomisation_interval(trial, level=0.8) == randomisation_test(trial, seed=int(np.random.default_rng(0).integers(2**63))).conf_int(0.8)
     with pytest.raises(cw.InputError, match="one number for each row"):
         randomisation_test(trial, lambda z, y, starts: np.zeros((len(z), 3)))
     with pytest.raises(cw.EstimationError, match="not finite"):
         randomisation_test(trial, lambda z, y, starts: np.full(len(z), np.nan))
+
+
+@pytest.mark.parametrize("draws", [9999, 60])
+def test_interval_of_totals_is_what_they_do_not_reject(draws):
+    trial = uneven(4, [0, 1, 0, 1, 0, 1, 1, 1])
+    low, high = randomisation_interval(trial, "horvitz_thompson", level=0.8, draws=draws, seed=5)
+    seed = int(np.random.default_rng(5).integers(2**63))
+    def rejects(null): return randomisation_test(trial, "horvitz_thompson", null=null, draws=draws, seed=seed).p_value <= 0.2 + 1e-12
+    assert rejects(low - 1e-6) and rejects(high + 1e-6) and not rejects(low + 1e-6) and not rejects(high - 1e-6)
+    assert randomisation_interval(as_trial(load("J_4_clusters")), "horvitz_thompson") == (-np.inf, np.inf)
+    far = trial.with_outcome(trial.y + 30)                              # totals then go with sizes, far from the difference in means
+    low, high = randomisation_interval(far, "horvitz_thompson", level=0.8, draws=draws, seed=5)
+    assert abs(randomisation_test(far).estimate) < 5 and low < high < -5
+    with pytest.raises(cw.EstimationError, match="rejects even 0.*where the search"):
+        randomisation_interval(trial, lambda z, y, starts: (z == trial.treated).all(axis=1) * 1.0, draws=draws)
 
 
 def test_four_clusters_cannot_reject():
@@ -270,6 +320,98 @@ def test_pairs_as_estimatr():
     trial = Trial(frame["Y"], frame["Z"], starts_of(frame["firm"]), frame["pair"])
     want, found = ESTIMATR["firms_matched_pair_clustered"], trial_effect(trial)
     assert (found.estimate, found.std_error, found.df, found.p_value) == pytest.approx((want["est"], want["se"], want["df"], want["p"]), abs=1e-6)
+
+
+def two_of_three(rng, pairs=3):
+    "Pairs of clusters of 2 to 4 people; (2·pairs,) people in each, their starts, both outcomes, and how many are measured."
+    people = rng.integers(2, 5, 2 * pairs)
+    starts = np.r_[0, np.cumsum(people)]
+    y0 = rng.normal(size=starts[-1])
+    return people, starts, y0, y0 + rng.normal(1, 1, size=starts[-1]), np.maximum(people - 1, 2)
+
+
+@pytest.mark.parametrize("weights", ["arithmetic", "harmonic"])
+def test_pairs_as_in_the_published_formula(weights):
+    "Estimate and variance with weights normalised to the number of units, as Imai, King & Nall print them."
+    frame = load("firms_paired_assignment")
+    trial = Trial(frame["Y"], frame["Z"], starts_of(frame["firm"]), frame["pair"])
+    means = frame.groupby(["pair", "Z"])["Y"].agg(["mean", "size"]).unstack()
+    d, n1, n0, n, m = means["mean"][1] - means["mean"][0], means["size"][1], means["size"][0], len(frame), len(means)
+    w = n1 + n0 if weights == "arithmetic" else n1 * n0 / (n1 + n0)
+    w = n * w / w.sum()
+    estimate = (w * d).sum() / n
+    variance = m / ((m - 1) * n**2) * ((w * d - n * estimate / m) ** 2).sum()
+    found = pair_effect(trial, weights=weights)
+    assert (found.estimate, found.std_error**2, found.df) == pytest.approx((estimate, variance, m - 1), abs=1e-9)
+    if weights == "arithmetic":
+        same = trial_effect(trial)
+        assert (found.estimate, found.std_error, found.df) == pytest.approx((same.estimate, same.std_error, same.df), abs=1e-10)
+    assert pair_effect(trial, target="UATE", weights=weights).std_error ** 2 == pytest.approx(
+        m / (m - 1) * ((w / n * (d - estimate)) ** 2).sum(), abs=1e-9)
+
+
+@pytest.mark.parametrize("weights", ["arithmetic", "harmonic"])
+def test_all_units_of_the_clusters_by_enumeration(weights):
+    "CATE: over every draw of units within clusters and every lot, the variance's surplus is the formula's, and with equal effects there is no bias."
+    people, starts, y0, y1, measured = two_of_three(np.random.default_rng(8))
+    samples = [list(combinations(range(a, b), k)) for a, b, k in zip(starts, starts[1:], measured)]
+    block = np.repeat([0, 1, 2], 2)
+    def everything(y1):
+        values, variances = [], []
+        for z in every_assignment(block, [1, 1, 1]):
+            for picked in product(*samples):
+                rows = np.concatenate(picked)
+                one = Trial(np.where(np.repeat(z, measured), y1[rows], y0[rows]), np.repeat(z, measured), np.r_[0, np.cumsum(measured)],
+                            np.repeat(block, measured))
+                found = pair_effect(one, target="CATE", weights=weights, population=people)
+                values.append(found.estimate)
+                variances.append(found.std_error**2)
+        return np.mean(values), np.var(values), np.mean(variances)
+    mean, spread, estimated = everything(y1)
+    effect = (np.add.reduceat(y1 - y0, starts[:-1]) / people).reshape(3, 2)
+    sizes = people.reshape(3, 2)
+    w = sizes.sum(1) if weights == "arithmetic" else sizes.prod(1) / sizes.sum(1)
+    w = w / w.sum()
+    assert mean == pytest.approx(w @ effect.mean(1), abs=1e-12)
+    assert estimated - spread == pytest.approx(1.5 * ((w * effect.mean(1) - mean / 3) ** 2).sum(), abs=1e-12) and estimated > spread
+    assert everything(y0 + 2.0)[0] == pytest.approx(2.0, abs=1e-12)
+
+
+def test_populations_of_pairs():
+    "UATE and PATE: over random draws of pairs, units and lots, the estimate is right and so is the ratio's variance; that with weights as given is not."
+    rng, pairs, found = np.random.default_rng(9), 60, []
+    for _ in range(1500):
+        people = np.repeat(rng.integers(10, 60, pairs), 2)
+        measured = rng.integers(5, 10, 2 * pairs)
+        tau = 2 + people / 30
+        z = rng.permuted(np.tile([True, False], (pairs, 1)), axis=1).ravel()
+        means = np.repeat(rng.normal(size=pairs), 2) + tau * z + rng.normal(size=2 * pairs) / np.sqrt(measured)
+        trial = Trial(np.repeat(means, measured), np.repeat(z, measured), np.r_[0, np.cumsum(measured)], np.repeat(np.arange(2 * pairs) // 2, measured))
+        found.append([(e.estimate, e.std_error**2) for e in (
+            pair_effect(trial, target="UATE"), pair_effect(trial, target="PATE", population=people), pair_effect(trial, target="CATE", population=people))])
+    found, sizes = np.array(found), np.arange(10, 60)
+    truth = np.array([(2 + sizes / 30).mean(), (sizes * (2 + sizes / 30)).sum() / sizes.sum()])
+    spread, error = found[:, :2, 0].var(0), 4 * np.sqrt(2 / 1500)
+    assert (np.abs(found[:, :2, 0].mean(0) - truth) < 4 * np.sqrt(spread / 1500) + 0.01).all()
+    assert (np.abs(found[:, :2, 1].mean(0) / spread - 1) < error + 2 / 60).all()
+    assert found[:, 2, 1].mean() / spread[1] > 3                       # the same estimate, the other variance
+
+
+def test_pair_effect_refuses():
+    trial = uneven(1, [0, 0, 1, 1, 2, 2, 3, 3], treated=1)
+    people = trial.sizes + 3
+    assert [pair_effect(trial, target=t, population=people if t in ("CATE", "PATE") else None).term for t in TARGETS] == list(TARGETS)
+    for change, match in ((dict(target="ATE"), "Unknown target"), (dict(weights="geometric"), "Unknown weights"), (dict(population=people), "takes no"),
+                          (dict(target="PATE"), "takes population="), (dict(target="CATE", population=people[:-1]), "one number for each of 8"),
+                          (dict(target="CATE", population=trial.sizes - (np.arange(8) == 2)), "measured, or missing, in 2")):
+        with pytest.raises(cw.InputError, match=match):
+            pair_effect(trial, **change)
+    with pytest.raises(cw.InputError, match="2 blocks of 2 are of another size"):
+        pair_effect(uneven(1, [0, 0, 0, 0, 1, 1, 1, 1]))
+    with pytest.raises(cw.InputError, match="there is one pair"):
+        pair_effect(Trial(np.arange(4.0), [1, 1, 0, 0], [0, 2, 4]))
+    with pytest.raises(cw.EstimationError, match="contribute the same"):
+        pair_effect(Trial(np.tile([1.0, 0.0], 4), np.tile([1, 0], 4), np.arange(9), np.arange(8) // 2))
 
 
 @pytest.mark.parametrize("block", [[0] * 8, [0, 0, 0, 0, 1, 1, 1, 1], [0, 1, 0, 1, 0, 1, 1, 1], [0, 0, 1, 1, 2, 2, 3, 3]])
@@ -368,6 +510,58 @@ def test_simulated_power_does_not_depend_on_workers():
         simulate_power(draw, lambda trial: 3.0, replicates=2, progress=False)
 
 
+def test_plan_by_simulation():
+    "For normal outcomes of equal sizes the formula is exact: the plan found is the formula's, give or take Monte Carlo error."
+    def by_clusters(rng, j): return simulate_trial(rng, j, 10, effect=0.8, icc=0.1)
+    def by_size(rng, n): return simulate_trial(rng, 14, n, effect=0.8, icc=0.1)
+    def by_effect(rng, tau): return simulate_trial(rng, 14, 10, effect=tau, icc=0.1)
+    common = dict(replicates=400, seed=4, progress=False)
+    for draw, candidates, known in ((by_clusters, range(6, 41, 2), dict(size=10, effect=0.8)), (by_size, range(2, 60), dict(clusters=14, effect=0.8)),
+                                    (by_effect, np.linspace(0.1, 2, 20), dict(clusters=14, size=10))):
+        plan = simulate_plan(draw, trial_effect, candidates, **common)
+        left_out = ({"clusters", "size", "effect"} - set(known)).pop()
+        def exact(value): return cw.trial_power(**{left_out: value}, **known, icc=0.1).power
+        assert plan.power.power >= 0.8 and plan.tried[plan.value] == plan.power.power and len(plan.tried) <= 8
+        for value, power in plan.tried.items():
+            assert power == pytest.approx(exact(value), abs=4 * np.sqrt(0.25 / 400))
+        below = plan.tried[plan.tried.index < plan.value]
+        assert (below < 0.8).all() and len(below)
+    again = simulate_power(lambda rng: by_effect(rng, plan.value), trial_effect, replicates=400, progress=False,
+                           seed=int(np.random.default_rng(4).integers(2**63)))
+    np.testing.assert_array_equal(again.p_values, plan.power.p_values)                       # the same random numbers for every candidate
+    with pytest.raises(cw.EstimationError, match="Even 8, the last candidate, has power"):
+        simulate_plan(by_clusters, trial_effect, [4, 6, 8], **common)
+    for bad in (dict(candidates=[]), dict(candidates=[8, 4]), dict(candidates=[4, 8], power=0.01)):
+        with pytest.raises(cw.InputError, match="candidates must|power="):
+            simulate_plan(by_clusters, trial_effect, **bad)
+
+
+def test_simulation_shows_a_bar(capfd):
+    simulate_power(lambda rng: simulate_trial(rng, 6, 3), trial_effect, replicates=5)
+    assert "replicates: 100%" in capfd.readouterr().err
+    simulate_power(lambda rng: simulate_trial(rng, 6, 3), trial_effect, replicates=5, progress=False)
+    assert capfd.readouterr().err == ""
+
+
+def test_sliders_of_the_lesson():
+    "The cell that a page only shows does work in a running notebook."
+    widgets, nbformat = pytest.importorskip("ipywidgets"), pytest.importorskip("nbformat")
+    cells = [c.source for c in nbformat.read(Path(__file__).parents[1] / "nbs" / "16_trial.ipynb", 4).cells if c.cell_type == "code"]
+    picture, call = (next(c for c in cells if sign in c) for sign in ("def picture_of_plan", "interact(picture_of_plan"))
+    seen, names = [], {"plot_power": plot_power, "power_grid": power_grid, "trial_power": cw.trial_power, "effective_n": effective_n, "np": np,
+                       "interact": lambda f, **sliders: seen.append((f, widgets.interactive(f, **sliders)))}
+    import matplotlib
+    matplotlib.use("Agg")
+    exec(picture, names)
+    exec(call, names)
+    function, box = seen[0]
+    assert {w.description for w in box.children[:-1]} == {"clusters", "size", "icc", "effect"}
+    assert all(w.min <= w.value <= w.max for w in box.children[:-1]) and box.children[0].value == 20
+    for slider in box.children[:-1]:
+        for end in (slider.min, slider.max):
+            assert function(**(box.kwargs | {w.description: w.value for w in box.children[:-1]} | {slider.description: end})).get_title()
+
+
 def test_power_grid():
     grid = power_grid(clusters=[4, 50], effect=[0.5, 0.6], icc=0.2, power=0.8)
     assert np.isnan(grid.loc[4]).all() and grid.loc[50, 0.5] == cw.trial_power(clusters=50, effect=0.5, icc=0.2, power=0.8).size
@@ -387,20 +581,64 @@ def test_model_intervals_as_lme4():
     design = trial_effect(trial, vcov="CR1")
     half = stats.t.ppf(0.975, 2998) * design.std_error * np.sqrt(2999 / 2998)
     assert (design.estimate - half, design.estimate + half) == pytest.approx(want["design_CI"], abs=1e-6)
-    with pytest.raises(cw.InputError, match="knows no blocks"):
-        model_effect(uneven(1, [0, 0, 0, 0, 1, 1, 1, 1]))
+
+
+def in_blocks(seed=1, blocks=5, clusters=4):
+    "A trial of unequal clusters in blocks, with a covariate of clusters and one of units."
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(3, 12, blocks * clusters)
+    cluster = np.repeat(np.arange(len(sizes)), sizes)
+    block = cluster // clusters
+    z = np.concatenate([rng.permutation(clusters) < clusters // 2 for _ in range(blocks)])[cluster]
+    x = np.column_stack([rng.normal(size=len(sizes))[cluster], rng.normal(size=len(cluster))])
+    y = block + 2.0 * rng.normal(size=len(sizes))[cluster] + rng.normal(size=len(cluster)) + 0.5 * z + x @ [0.4, 0.8]
+    return Trial(y, z, np.r_[0, np.cumsum(sizes)], np.array(list("vwxyz"))[block], x, ("rain", "age"))
+
+
+@pytest.mark.parametrize("adjust", [False, True])
+@pytest.mark.parametrize("method", ["reml", "ml"])
+def test_model_in_blocks_as_statsmodels(method, adjust):
+    mixed = pytest.importorskip("statsmodels.regression.mixed_linear_model")
+    trial = in_blocks()
+    cluster = np.repeat(np.arange(20), trial.sizes)
+    design = np.column_stack([trial.treat, np.eye(5)[cluster // 4], *([trial.x] if adjust else [])]).astype(float)
+    want = mixed.MixedLM(trial.y, design, cluster).fit(reml=method == "reml", method="lbfgs")
+    found = model_effect(trial, method, adjust=adjust)
+    assert found.estimate == pytest.approx(want.fe_params[0], abs=1e-5)
+    assert found.df == np.inf and model_effect(trial, method, adjust=adjust, df="clusters").df == 20 - 2 - 4 - adjust
+    variance = np.linalg.inv(sum(design[cluster == j].T @ np.linalg.solve(
+        want.scale * np.eye(n) + want.cov_re[0, 0] * np.ones((n, n)), design[cluster == j]) for j, n in enumerate(trial.sizes)))[0, 0]
+    assert found.std_error == pytest.approx(np.sqrt(variance), rel=1e-4)
+    if method == "ml":
+        for end in profile_interval(trial, adjust=adjust):
+            held = mixed.MixedLM(trial.y - end * trial.treat, design[:, 1:], cluster).fit(reml=False, method="lbfgs")
+            assert 2 * (want.llf - held.llf) == pytest.approx(stats.chi2.ppf(0.95, 1), abs=1e-4)
+
+
+def test_model_effect_refuses():
+    trial = in_blocks()
+    with pytest.raises(cw.InputError, match="no covariates to adjust for"):
+        model_effect(uneven(1), adjust=True)
+    with pytest.raises(cw.InputError, match="Unknown df"):
+        model_effect(trial, df="kenward")
+    with pytest.raises(cw.EstimationError, match="2 clusters are too few for 2 coefficients"):
+        model_effect(Trial(np.arange(6.0), [1, 1, 1, 0, 0, 0], [0, 3, 6]))
+    shifted = trial.with_outcome(trial.y + 10 * np.repeat(trial.block, trial.sizes))           # what blocks explain changes nothing
+    assert model_effect(shifted).conf_int() == pytest.approx(model_effect(trial).conf_int(), abs=1e-6)
+    assert profile_interval(shifted) == pytest.approx(profile_interval(trial), abs=1e-6)
 
 
 def test_rejection_rates_of_the_guide():
-    "Exact over all assignments for 4 and 10 clusters; 30 against the guide's printed 1,000 draws."
-    names = ["robust, N − 2 df", "totals, normal", "mixed model, Wald"]
+    "Exact over all assignments for 4 and 10 clusters; 30 and 100 against the guide's printed 1,000 draws."
+    names = ["robust, df of units", "totals, normal", "mixed model, ML"]
     four, ten = (rejection_rates(as_trial(load(f"J_{j}_clusters"))) for j in (4, 10))
     assert four[names].tolist() == pytest.approx([0, 0, 1 / 3], abs=1e-12)
     assert ten[names].tolist() == pytest.approx([28 / 252, 10 / 252, 28 / 252], abs=1e-12)
     assert four["permutation"] == 0 and ten["permutation"] == 12 / 252
-    thirty = rejection_rates(as_trial(load("J_30_clusters")))
-    for name, printed in zip(names, EXPECTED["type1"]["printed"][2][2:]):
-        assert thirty[name] == pytest.approx(printed, abs=4 * np.sqrt(0.06 * 0.94 / 1000))
+    for row, j in ((2, 30), (3, 100)):
+        rates = rejection_rates(as_trial(load(f"J_{j}_clusters")))
+        for name, printed in zip(names, EXPECTED["type1"]["printed"][row][2:]):
+            assert rates[name] == pytest.approx(printed, abs=4 * np.sqrt(0.06 * 0.94 * (1 / 1000 + 1 / 20_000)))
     with pytest.raises(cw.InputError, match="one size"):
         rejection_rates(uneven(1))
 
@@ -412,21 +650,66 @@ def test_false_positive_rates():
     # five clusters: Welch's degrees of freedom, only nearly right; ten assignments never reach 5%
     assert abs(rates.loc[(30, 0.1), "CR2, Satterthwaite"] - 0.05) < error and rates.loc[(5, 0.1), "permutation"] == 0
     for j, printed in ((30, [0.061, 0.040, 0.063]), (100, [0.058, 0.052, 0.059])):
-        found = rates.loc[(j, 0.1), ["robust, N − 2 df", "totals, normal", "mixed model, Wald"]]
+        found = rates.loc[(j, 0.1), ["robust, df of units", "totals, normal", "mixed model, ML"]]
         assert (np.abs(found - printed) < 4 * np.sqrt(0.06 * 0.94 * (1 / 1000 + 1 / 4000))).all()
 
 
-def test_closed_forms_of_six_tests_with_arms_of_two_sizes():
+def test_closed_forms_of_tests_with_arms_of_two_sizes():
     trial = uneven(1, treated=3)
     equal = Trial(np.random.default_rng(3).normal(size=40) + np.repeat(np.arange(8) % 3, 5), np.repeat(trial.treated, 5), np.arange(9) * 5)
     rates = {}
     for z in every_assignment(equal.block, equal.drawn):
         one = Trial(equal.y, np.repeat(z, 5), equal.starts)
-        for name, p in (("CR2, Satterthwaite", trial_effect(one).p_value), ("mixed model, Wald", model_effect(one, "ml").p_value), ("permutation", randomisation_test(one).p_value)):
+        for name, p in (("CR2, Satterthwaite", trial_effect(one).p_value), ("mixed model, ML", model_effect(one, "ml").p_value), ("permutation", randomisation_test(one).p_value)):
             rates.setdefault(name, []).append(p <= 0.2)
     found = rejection_rates(equal, level=0.2)
     for name, rejected in rates.items():
         assert found[name] == pytest.approx(np.mean(rejected), abs=1e-12)
+
+
+@pytest.mark.parametrize("block", [[0, 0, 1, 1, 2, 2, 3, 3], [0, 0, 0, 0, 1, 1, 1, 1]])
+def test_closed_forms_in_blocks(block):
+    "Each test by its own regression with an intercept for each block, over all assignments."
+    rng, block = np.random.default_rng(3), np.array(block)
+    y, unit_block, blocks = rng.normal(size=32) + np.repeat(rng.normal(size=8), 4) + np.repeat(block, 4), np.repeat(block, 4), block[-1] + 1
+    p = {}
+    for z in every_assignment(block, [4 // blocks] * blocks):
+        one = Trial(y, np.repeat(z, 4), np.arange(9) * 4, unit_block)
+        design = np.column_stack([one.treat, np.eye(blocks)[unit_block]]).astype(float)
+        c = np.eye(blocks + 1)[0]
+        for name, kind, scale, df in (("robust, df of units", "CR1", np.sqrt(31 / (31 - blocks)), 31 - blocks), ("CR2, Satterthwaite", "CR2", 1.0, None)):
+            fit = cluster_robust(design, y, np.ones(32), one.starts, kind)
+            t = abs(fit.coef[0]) / np.sqrt(fit.vcov[0, 0]) / scale
+            p.setdefault(name, []).append(2 * stats.t.sf(t, fit.df(c) if df is None else df))
+        iid = np.linalg.inv(design.T @ design)[0, 0] * ((y - design @ np.linalg.lstsq(design, y, rcond=None)[0]) ** 2).sum() / (31 - blocks)
+        p.setdefault("units as independent", []).append(2 * stats.t.sf(abs(fit.coef[0]) / np.sqrt(iid), 31 - blocks))
+        for name, found in (("totals, normal", trial_effect(one, "horvitz_thompson", vcov="null")), ("mixed model, ML", model_effect(one, "ml")),
+                            ("mixed model, REML, t", model_effect(one, df="clusters")), ("permutation", randomisation_test(one))):
+            p.setdefault(name, []).append(found.p_value)
+    for level in (0.1, 0.3, 0.5):
+        rates = rejection_rates(one, level=level)
+        assert set(rates.index) == set(p)
+        for name, values in p.items():
+            assert rates[name] == np.mean(np.array(values) <= level + 1e-9), name
+
+
+def test_false_positive_rates_in_pairs():
+    "CR1 and ML find half the variance in pairs, three quarters in blocks of four, however many there are."
+    error = 4 * np.sqrt(0.05 * 0.95 / 4000)
+    for block_size, found_share in ((2, 0.5), (4, 0.75)):
+        rates = false_positive_rates([16, 240], [0.1, 0.5], block_size=block_size, replicates=4000, size=20, seed=6)
+        assert (np.abs(rates[["CR2, Satterthwaite", "mixed model, REML, t"]] - 0.05) < error).to_numpy().all()
+        assert (rates["permutation"] < 0.05 + error).all() and (rates.loc[240, "permutation"] > 0.05 - error).all()
+        for name in ("robust, df of units", "mixed model, ML"):
+            assert (np.abs(rates.loc[240, name] - 2 * stats.norm.sf(1.96 * np.sqrt(found_share))) < 0.03).all()
+            assert (rates.loc[16, name] > rates.loc[240, name]).all()
+    for bad, match in ((dict(block_size=3), "cannot be put into blocks"), (dict(block_size=6), "cannot be put into blocks"), (dict(size=1), "two units")):
+        with pytest.raises(cw.InputError, match=match):
+            false_positive_rates([16], [0.1], **bad)
+    with pytest.raises(cw.InputError, match="12 clusters cannot be put into blocks of 3"):
+        false_positive_rates([12], [0.1], block_size=3)
+    with pytest.raises(cw.InputError, match="3 to 5 clusters, 2 to 2 of them"):
+        rejection_rates(Trial(np.arange(16.0), np.repeat([1, 0, 1, 0, 1, 1, 0, 0], 2), np.arange(9) * 2, np.repeat([0, 0, 0, 1, 1, 1, 1, 1], 2)))
 
 
 # --- parts 6 and 7: spillover -----------------------------------------------------------------------------------
@@ -485,7 +768,7 @@ def test_balance_as_ritools(villages):
     for column, key in (("difference", "adj_diff"), ("std_diff", "std_diff"), ("z", "z"), ("p_value", "p")):
         np.testing.assert_allclose(found.table[column], want[key], atol=1e-6)
     assert (found.d2, found.df, found.p_chi2) == pytest.approx((want["d2"], want["df"], want["p_omnibus"]), abs=1e-6)
-    assert found.empty and found.p_value == 1 and "empty" in str(found)
+    assert found.empty and found.p_value == 1 and "Test fewer than 9 covariates." in " ".join(str(found).split())
     few = cw.balance_test(Trial(None, villages.treat, villages.starts, x=villages.x[:, :3], names=villages.names[:3]))
     assert not few.empty and few.df == 3 and 0 < few.p_value < 1 and "empty" not in str(few)
 
@@ -607,7 +890,7 @@ def test_robust_test_of_the_guide_by_hand():
         p.append(2 * stats.t.sf(abs(one.estimate) / one.std_error / np.sqrt(11 / 10), 10))
     for level in np.unique(p):
         for near in (level - 1e-7, level + 1e-7):
-            assert rejection_rates(trial, level=near)["robust, N − 2 df"] == np.mean(np.array(p) <= near)
+            assert rejection_rates(trial, level=near)["robust, df of units"] == np.mean(np.array(p) <= near)
 
 
 def test_degenerate_outcomes():
