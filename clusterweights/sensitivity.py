@@ -32,7 +32,7 @@ class TiltedMean:
 
     centre : the weighted mean. y : (m,) sorted outcomes of the units with weight, minus `centre`. a, w : (m + 1,) sums of weight · y
     and weight over the first 0, 1, … of them. squares : (m,) the Λ² at which the bound passes each.
-    Source: Zhao, Small & Bhattacharya (2019), section 4."""
+    Source: Zhao, Small & Bhattacharya (2019)."""
     centre: float
     y: np.ndarray
     a: np.ndarray
