@@ -22,9 +22,11 @@ __all__ = ['within_cells', 'Pooled', 'pool_effects', 'worst_miss', 'robust_criti
 
 # %% ../nbs/17_by_cluster.ipynb #6372508f
 def within_cells(x: np.ndarray, y: np.ndarray, cell: np.ndarray) -> tuple[np.ndarray, float]:
-    """The slopes (d,) of y on x within cells, and the residual variance, without bias if it is the same in all of them. A column that does not vary within cells has slope 0.
+    """The slopes (d,) of y on x within cells, and the residual variance, unbiased if it is the same in all of them. A column that
+    does not vary within cells has slope 0.
 
-    x : (n, d), y : (n,), cell : (n,) ints, the arm of a cluster that a unit belongs to. Raises `EstimationError` if no degrees of freedom or no variation are left."""
+    x : (n, d). y : (n,). cell : (n,) ints, for example the arm of a cluster that a unit belongs to.
+    Raises `EstimationError` if no degrees of freedom or no variation are left. Source: least squares after centring."""
     _, cell, size = np.unique(cell, return_inverse=True, return_counts=True)
 
     def centred(v):
@@ -34,10 +36,12 @@ def within_cells(x: np.ndarray, y: np.ndarray, cell: np.ndarray) -> tuple[np.nda
     x = x[:, varies] / spread[varies]
     beta, _, rank, _ = np.linalg.lstsq(x, y, rcond=1e-10)
     df = len(y) - len(size) - rank
-    variance = float(((y - x @ beta) ** 2).sum()) / df if df > 0 else 0.0
-    if not variance > 1e-24 * max(1.0, float(np.abs(y).max(initial=0.0)) ** 2):
-        raise EstimationError("There is no residual variance to pool: " + ("the arms of the clusters hold too few units for the covariates." if df <= 0 else
-                              "the outcome does not vary within the arms of the clusters beyond the covariates."))
+    if df <= 0:
+        raise EstimationError("There is no residual variance to pool: the arms of the clusters hold too few units for the covariates.")
+    variance = float(((y - x @ beta) ** 2).sum()) / df
+    if not variance > 1e-24 * max(1.0, float(np.abs(y).max()) ** 2):
+        raise EstimationError("There is no residual variance to pool: the outcome does not vary within the arms of the clusters beyond the "
+                              "covariates.")
     slopes[varies[1:]] = beta / spread[varies]
     return slopes, variance
 
@@ -46,8 +50,9 @@ def within_cells(x: np.ndarray, y: np.ndarray, cell: np.ndarray) -> tuple[np.nda
 class Pooled:
     """Effects drawn towards a line.
 
-    effects, variances : (K,) as given. coef (p,), cov (p, p) : of the line, the intercept first. fitted, line, own : (K,) the line's value, its variance, and the part of each effect in its own value. tau2 : REML variance
-    of the true effects around the line. floor : the least variance that shrinkage uses. q, df : the test of no spread around the line."""
+    effects, variances : (K,) as given. coef (p,), cov (p, p) : of the line, the intercept first. fitted, line, own : (K,) the
+    line's value, its variance, and the share of each effect in its own value. tau2 : REML variance of the true effects around the
+    line. floor : the least variance that shrinkage uses. q, df : the test of no spread around the line."""
     effects: np.ndarray
     variances: np.ndarray
     coef: np.ndarray
@@ -109,8 +114,11 @@ def _reml(effects: np.ndarray, variances: np.ndarray, m: np.ndarray) -> float:
     found = [_weighted_fit(effects, variances, m, t)[3:] for t in grid]
     slope = np.array([s for _, s in found])
     best = (found[0][0], 0.0)
+
+    def derivative(t):
+        return _weighted_fit(effects, variances, m, t)[4]
     for k in np.flatnonzero((slope[:-1] > 0) & (slope[1:] <= 0)):
-        root = brentq(lambda t: _weighted_fit(effects, variances, m, t)[4], grid[k], grid[k + 1], xtol=1e-14 * grid[k + 1], rtol=1e-12)
+        root = brentq(derivative, grid[k], grid[k + 1], xtol=1e-14 * grid[k + 1], rtol=1e-12)
         best = max(best, (_weighted_fit(effects, variances, m, root)[3], root))
     return best[1]
 
@@ -118,19 +126,42 @@ def _reml(effects: np.ndarray, variances: np.ndarray, m: np.ndarray) -> float:
 def pool_effects(effects: np.ndarray, variances: np.ndarray, covariates: np.ndarray | None = None) -> Pooled:
     """Shrink effects (K,) with known variances (K,) towards their mean, or towards a line in covariates (K, p − 1), by REML.
 
-    Raises `EstimationError` for fewer than p + 2 effects or collinear covariates. Source: Raudenbush & Bryk (2002), chapter 7; Armstrong, Kolesár & Plagborg-Møller (2022) for the floor."""
-    k = len(effects)
-    m = np.column_stack([np.ones(k), *([] if covariates is None else np.asarray(covariates, dtype=float).T)])
-    if k < m.shape[1] + 2:
-        raise EstimationError(f"Pooling needs at least {m.shape[1] + 2} clusters with an effect of their own, and there are {k}.")
-    if np.linalg.matrix_rank(m / np.abs(m).max(axis=0, initial=1e-300)) < m.shape[1]:
+    Raises `InputError` unless all are finite numbers, one row for each effect, and variances positive; `EstimationError` for fewer
+    than p + 2 effects or collinear covariates.
+    Source: Raudenbush & Bryk (2002), chapter 7; Armstrong, Kolesár & Plagborg-Møller (2022) for the floor."""
+    effects, variances, raw = _checked_effects(effects, variances, covariates)
+    k, p = len(effects), raw.shape[1] + 1
+    if k < p + 2:
+        raise EstimationError(f"Pooling needs at least {p + 2} clusters with an effect of their own, and there are {k}.")
+    centre, spread = raw.mean(axis=0), raw.std(axis=0)
+    varies = spread > 1e-12 * np.abs(raw).max(axis=0, initial=0.0)
+    m = np.column_stack([np.ones(k), (raw - centre) / np.where(varies, spread, 1.0)])
+    if not varies.all() or np.linalg.matrix_rank(m, tol=1e-8) < p:
         raise EstimationError("The clusters' covariates are constant or collinear among the clusters with an effect of their own.")
     tau2, weight = _reml(effects, variances, m), variances**-2.0
     floor = 2 * (weight**2 * variances**2).sum() / (weight.sum() * (weight * variances).sum())
     alone = _weighted_fit(effects, variances, m, 0.0)[2]
     beta, inverse, *_ = _weighted_fit(effects, variances, m, tau2)
     line = np.einsum("gi,ij,gj->g", m, inverse, m)
-    return Pooled(effects, variances, beta, inverse, m @ beta, line, line / (variances + tau2), tau2, float(floor), float((alone**2 / variances).sum()), k - m.shape[1])
+    back = np.diag(np.r_[1.0, 1 / spread])                               # from standardised covariates to those given
+    back[0, 1:] = -centre / spread
+    return Pooled(effects, variances, back @ beta, back @ inverse @ back.T, m @ beta, line, line / (variances + tau2), tau2, float(floor),
+                  float((alone**2 / variances).sum()), k - p)
+
+
+def _checked_effects(effects, variances, covariates) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "Effects (K,), variances (K,) and covariates (K, p − 1) as arrays of finite numbers, or an `InputError`."
+    try:
+        effects, variances = np.asarray(effects, dtype=float), np.asarray(variances, dtype=float)
+        covariates = np.empty((len(effects), 0)) if covariates is None else np.asarray(covariates, dtype=float)
+    except (TypeError, ValueError):
+        raise InputError("effects, variances and covariates must be numbers.") from None
+    if effects.ndim != 1 or variances.shape != effects.shape or covariates.ndim != 2 or len(covariates) != len(effects):
+        raise InputError(f"effects (K,), variances (K,) and covariates (K, p − 1) do not fit together: {effects.shape}, {variances.shape}, "
+                         f"{covariates.shape}.")
+    if not all(np.isfinite(v).all() for v in (effects, variances, covariates)) or not (variances > 0).all():
+        raise InputError("effects, variances and covariates must be finite, and variances positive.")
+    return effects, variances, covariates
 
 # %% ../nbs/17_by_cluster.ipynb #54d89613
 def _miss(chi: np.ndarray, t: np.ndarray) -> np.ndarray:
@@ -151,9 +182,11 @@ def _highest(f, low: np.ndarray, high: np.ndarray) -> np.ndarray:
 
 
 def worst_miss(m2, kurtosis, chi) -> np.ndarray:
-    """The largest chance that an interval of half-length chi misses, over all distributions of the bias with E b² = m2 and E b⁴ ≤ kurtosis · m2².
+    """The largest chance that an interval of half-length chi misses, over all distributions of the bias with E b² = m2 and
+    E b⁴ ≤ kurtosis · m2².
 
-    m2 > 0, kurtosis ≥ 1 (infinite: no condition), chi > 0: numbers or arrays. Source: Armstrong, Kolesár & Plagborg-Møller (2022)."""
+    m2 > 0, kurtosis ≥ 1 (infinite: no condition), chi > 0 : numbers or arrays. Returns an array of their common shape.
+    Source: Armstrong, Kolesár & Plagborg-Møller (2022)."""
     m2, kurtosis, chi = np.broadcast_arrays(*(np.asarray(v, dtype=float) for v in (m2, kurtosis, chi)))
     top = np.maximum(np.minimum(kurtosis * m2, (chi + 8) ** 2), m2)             # beyond, r is 1 and does not grow
 
@@ -168,25 +201,38 @@ def worst_miss(m2, kurtosis, chi) -> np.ndarray:
         p = np.exp(s) / kappa
         odds = np.sqrt(p / np.maximum(1 - p, 1e-300))
         return (1 - p) * _miss(chi, np.maximum(m2 - spread * odds, 0.0)) + p * _miss(chi, m2 + spread / odds)
-    return np.where(np.isfinite(kurtosis), np.maximum(worst, _highest(with_two, np.full(m2.shape, -18.0), np.full(m2.shape, -1e-9))), worst)
+    two = _highest(with_two, np.full(m2.shape, -18.0), np.full(m2.shape, -1e-9))
+    return np.where(np.isfinite(kurtosis), np.maximum(worst, two), worst)
 
 # %% ../nbs/17_by_cluster.ipynb #6c0216a7
-def robust_critical_value(m2, kurtosis, level: float = 0.95) -> np.ndarray:
-    """The half-length, in standard errors of what noise is left, at which an interval around a shrunken estimate covers with chance `level` in the worst case.
+def _checked(level: float) -> float:
+    "The level of an interval, or an `InputError`."
+    if not (isinstance(level, Real) and 0 < level < 1):
+        raise InputError(f"level={level!r} must lie between 0 and 1, for example 0.95.")
+    return level
 
-    m2 > 0, kurtosis ≥ 1 : as in `worst_miss`, numbers or arrays. Source: Armstrong, Kolesár & Plagborg-Møller (2022)."""
+
+def robust_critical_value(m2, kurtosis, level: float = 0.95) -> np.ndarray:
+    """The half-length, in standard deviations of the noise that is left, at which an interval around a shrunken estimate covers
+    with chance `level` in the worst case.
+
+    m2 > 0, kurtosis ≥ 1 : as in `worst_miss`, numbers or arrays. Returns an array of their common shape. Raises `InputError` for
+    numbers out of range. Source: Armstrong, Kolesár & Plagborg-Møller (2022)."""
     from scipy.special import ndtri
     m2, kurtosis = np.broadcast_arrays(np.asarray(m2, dtype=float), np.asarray(kurtosis, dtype=float))
+    if not (np.isfinite(m2) & (m2 > 0) & (kurtosis >= 1)).all():
+        raise InputError("m2 must be positive and finite, and kurtosis at least 1.")
 
     def excess(chi):
         return np.log(np.maximum(worst_miss(m2, kurtosis, chi), 1e-300)) - np.log1p(-level)
-    low, high = np.full(m2.shape, ndtri(0.5 + level / 2)), np.sqrt((1 + m2) / (1 - level))
+    low, high = np.full(m2.shape, ndtri(0.5 + _checked(level) / 2)), np.sqrt((1 + m2) / (1 - level))
     at_low, at_high, last = np.maximum(excess(low), 0.0), np.minimum(excess(high), -1e-12), np.zeros(m2.shape)
     for _ in range(40):
         chi = high + (high - low) * at_high / (at_low - at_high)
         value = excess(chi)
         up = value > 0
-        at_low, at_high = (np.where(up, value, np.where(last == -1, at_low / 2, at_low)), np.where(up, np.where(last == 1, at_high / 2, at_high), value))
+        at_low = np.where(up, value, np.where(last == -1, at_low / 2, at_low))
+        at_high = np.where(up, np.where(last == 1, at_high / 2, at_high), value)
         low, high, last = np.where(up, chi, low), np.where(up, high, chi), np.where(up, 1, -1)
         if np.all((np.abs(value) < 1e-9) | (high - low < 1e-10)):
             return chi
@@ -194,12 +240,18 @@ def robust_critical_value(m2, kurtosis, level: float = 0.95) -> np.ndarray:
 
 # %% ../nbs/17_by_cluster.ipynb #238c90a0
 def robust_half(pooled: Pooled, kurtosis: float, level: float = 0.95) -> np.ndarray:
-    "(K,) half-lengths of the robust intervals: critical value times the noise."
-    return robust_critical_value((1 - pooled.shrinkage) ** 2 * pooled.used / pooled.noise**2, kurtosis, level) * pooled.noise
+    """(K,) half-lengths of the robust intervals around `pooled.shrunken`: the critical value times the noise that is left.
+
+    kurtosis : of the true effects, ≥ 1. level : of the intervals. Source: Armstrong, Kolesár & Plagborg-Møller (2022)."""
+    m2 = (1 - pooled.shrinkage) ** 2 * pooled.used / pooled.noise**2
+    return robust_critical_value(m2, kurtosis, level) * pooled.noise
 
 # %% ../nbs/17_by_cluster.ipynb #c739d758
 def effect_kurtosis(rest: np.ndarray, variances: np.ndarray, tau2: float) -> float:
-    "The kurtosis of effects from the residuals (K,) of their estimates, the variances (K,) of these and the effects' own. Source: Armstrong, Kolesár & Plagborg-Møller (2022), appendix A."
+    """The kurtosis of true effects, at least its floor.
+
+    rest : (K,) distances of the estimates from their line. variances : (K,) of the estimates' noise. tau2 : of the true effects.
+    Source: Armstrong, Kolesár & Plagborg-Møller (2022), appendix A."""
     w = variances**-2.0
     found = (w * (rest**4 - 6 * variances * rest**2 + 3 * variances**2)).sum() / (tau2**2 * w.sum())
     floor = 1 + 32 * (w**2 * variances**4).sum() / (tau2**2 * w.sum() * (w * variances**2).sum())
@@ -220,7 +272,9 @@ def _goal(weights: Weights, group: str) -> np.ndarray:
 def _why_not(has_target: bool, counts: bool, treated: int, controls: int) -> str:
     "Why a cluster has no effect of its own, and what that means."
     arm = "no controls" if treated and not controls else "no treated" if controls and not treated else "an arm without weight"
-    return arm + (": counts in the estimate only" if counts else ": its target units are left out of the estimate" if has_target else ": no target units")
+    if counts:
+        return arm + ": counts in the estimate only"
+    return arm + (": its target units are left out of the estimate" if has_target else ": no target units")
 
 
 def _predicted(weights: Weights, y: np.ndarray) -> dict[str, np.ndarray]:
@@ -234,20 +288,21 @@ def _predicted(weights: Weights, y: np.ndarray) -> dict[str, np.ndarray]:
 
 def _by_arm(weights: Weights, y: np.ndarray, predicted: dict[str, np.ndarray]) -> pd.DataFrame:
     "One row a cluster: sizes, effective sizes, share of the target, effect, and why there is none. predicted : what to correct for, by arm."
-    study, arms = weights.study, {"treated": weights.study.treat, "controls": ~weights.study.treat}
-    w = {arm: np.where(mask & (weights.reason == ""), weights.in_order, 0.0) for arm, mask in arms.items()}
-    groups = WEIGHTED_ARMS[weights.estimand]
-    share = cluster_sums(_goal(weights, next(iter(groups.values()))), study.starts)
-    has_target = cluster_sums(group_mask(study, next(iter(groups.values()))).astype(int), study.starts) > 0
+    study, groups = weights.study, WEIGHTED_ARMS[weights.estimand]
+    target = next(iter(groups.values()))                                  # the same for every arm that is weighted
+    w = {arm: np.where(group_mask(study, arm) & (weights.reason == ""), weights.in_order, 0.0) for arm in ("treated", "controls")}
+    share = cluster_sums(_goal(weights, target), study.starts)
+    has_target = cluster_sums(group_mask(study, target).astype(int), study.starts) > 0
     effect = _means(study, y, w["treated"]) - _means(study, y, w["controls"])
     for arm, said in predicted.items():
         left = _means(study, said, w[arm]) - _means(study, said, _goal(weights, groups[arm]))
         effect = effect - left if arm == "treated" else effect + left
     with np.errstate(invalid="ignore", divide="ignore"):
         sizes = {f"ess_{arm}": cluster_sums(v, study.starts) ** 2 / cluster_sums(v**2, study.starts) for arm, v in w.items()}
-    reason = ["" if found else _why_not(*row) for found, *row in zip(np.isfinite(effect), has_target, share > 0, study.n_treated, study.n_controls)]
-    return pd.DataFrame({"treated": study.n_treated, "controls": study.n_controls, **sizes, "share": share / share.sum(), "effect": effect, "reason": reason},
-                        index=pd.Index(list(study.labels), name=study.columns["cluster"], tupleize_cols=False))
+    facts = zip(has_target, share > 0, study.n_treated, study.n_controls)
+    reason = ["" if found else _why_not(*row) for found, row in zip(np.isfinite(effect), facts)]
+    columns = {"treated": study.n_treated, "controls": study.n_controls, **sizes, "share": share / share.sum(), "effect": effect, "reason": reason}
+    return pd.DataFrame(columns, index=pd.Index(list(study.labels), name=study.columns["cluster"], tupleize_cols=False))
 
 
 def _cluster_covariates(study: Study, covs, used: np.ndarray) -> tuple[np.ndarray | None, list]:
@@ -255,27 +310,41 @@ def _cluster_covariates(study: Study, covs, used: np.ndarray) -> tuple[np.ndarra
     if covs is None:
         return None, []
     if isinstance(covs, pd.DataFrame):
-        unknown = [label for label, need in zip(study.labels, used) if need and label not in covs.index]
-        if unknown or not covs.index.is_unique:
-            raise InputError("covs must have one row for each cluster, its label in the index" + (f"; it lacks {listed(unknown)}." if unknown else "; some labels come twice."))
-        frame = covs.reindex(list(study.labels))
-        if not all(pd.api.types.is_numeric_dtype(t) for t in frame.dtypes) or not np.isfinite(frame[used].to_numpy(dtype=float)).all():
-            raise InputError("covs must hold numbers, none of them missing or infinite, for every cluster that has an effect.")
-        return frame.to_numpy(dtype=float), list(frame)
-    names = [covs] if isinstance(covs, Hashable) else list(covs)
+        return _checked_frame(study, covs, used), list(covs)
+    if isinstance(covs, (pd.Series, np.ndarray)):
+        raise InputError("covs must be names of the study's columns, or a data frame with one row for each cluster, its label in the index.")
+    names = [covs] if isinstance(covs, Hashable) and (not isinstance(covs, tuple) or covs in study.names) else list(covs)
+    if not names:
+        raise InputError("covs is empty: leave it out, or name columns of the study.")
     for name in names:
         if name not in study.names:
-            raise InputError(f"The study has no column {name!r}." + nearest(name, study.names) + " A property it does not have is given by a data frame with one row for each cluster.")
+            raise InputError(f"The study has no column {name!r}." + nearest(name, study.names)
+                             + " A property it does not have is given by a data frame with one row for each cluster.")
     return np.column_stack([_means(study, study.x[:, study.names.index(name)], study.sampling_weights) for name in names]), names
+
+
+def _checked_frame(study: Study, frame: pd.DataFrame, used: np.ndarray) -> np.ndarray:
+    "(K, p − 1) numbers of a data frame by cluster; `used` (K,) says for which clusters they are needed."
+    unknown = [label for label, need in zip(study.labels, used) if need and label not in frame.index]
+    if unknown or not frame.index.is_unique:
+        what = f"it lacks {listed(unknown)}" if unknown else "some labels come twice"
+        raise InputError(f"covs must have one row for each cluster, its label in the index; {what}.")
+    frame = frame.reindex(list(study.labels))
+    numeric = all(pd.api.types.is_numeric_dtype(t) for t in frame.dtypes)
+    if not len(frame.columns) or not numeric or not np.isfinite(frame[used].to_numpy(dtype=float)).all():
+        raise InputError("covs must hold numbers, none of them missing or infinite, for every cluster that has an effect.")
+    return frame.to_numpy(dtype=float)
 
 # %% ../nbs/17_by_cluster.ipynb #5d174591
 @dataclass(frozen=True, eq=False, repr=False)
 class ClusterEffects:
     """Effects of clusters, raw and pooled.
 
-    table : one row a cluster of the study, with treated, controls, ess_treated, ess_controls, share (of the target), effect, std_error, shrunken (NaN without an effect), reason (why there is none).
-    estimate : the overall estimate. average : Σ share · effect over Σ share, where there are effects. term : the estimand. variance : σ̂², of one unit. pooled : see `Pooled`. kurtosis : of the true effects,
-    as intervals use it. names : of the line's covariates. matched : whether weights add up to the target in each cluster."""
+    table : one row a cluster of the study, with treated, controls, ess_treated, ess_controls, share (of the target), effect,
+    std_error, shrunken (NaN without an effect), reason (why there is none). estimate : the overall estimate. average : Σ share ·
+    effect over Σ share, where there are effects. term : the estimand. variance : σ̂², of one unit. pooled : see `Pooled`. kurtosis :
+    of the true effects, as intervals use it. names : of the line's covariates. matched : whether weights add up to the target in
+    each cluster."""
     table: pd.DataFrame
     estimate: float
     average: float
@@ -303,20 +372,23 @@ class ClusterEffects:
         return float(self.table.loc[self.table["effect"].isna(), "share"].sum())
 
     def coefficients(self, level: float = 0.95) -> pd.DataFrame:
-        "The line that effects are drawn to, one row a coefficient: term, estimate, std_error, statistic, df, p_value, conf_low, conf_high (Knapp & Hartung, 2003)."
+        """The line that effects are drawn to, one row a coefficient: term, estimate, std_error, statistic, df, p_value, conf_low,
+        conf_high. Source: Knapp & Hartung (2003)."""
         from scipy.special import stdtr, stdtrit
         p = self.pooled
         q = max(1.0, float(((p.effects - p.fitted) ** 2 / (p.variances + p.tau2)).sum()) / p.df)
         error = np.sqrt(q * np.diag(p.cov))
         half = stdtrit(p.df, 0.5 + _checked(level) / 2) * error
-        return pd.DataFrame({"term": ["mean" if not self.names else "intercept", *self.names], "estimate": p.coef, "std_error": error, "statistic": p.coef / error, "df": p.df,
-                             "p_value": 2 * stdtr(p.df, -np.abs(p.coef / error)), "conf_low": p.coef - half, "conf_high": p.coef + half})
+        terms, p_value = ["intercept" if self.names else "mean", *self.names], 2 * stdtr(p.df, -np.abs(p.coef / error))
+        return pd.DataFrame({"term": terms, "estimate": p.coef, "std_error": error, "statistic": p.coef / error, "df": p.df, "p_value": p_value,
+                             "conf_low": p.coef - half, "conf_high": p.coef + half})
 
     def tidy(self, level: float = 0.95, kind: str = "robust") -> pd.DataFrame:
         """One row a cluster with an effect: term (its label), estimate, std_error, conf_low, conf_high.
 
-        kind : "robust" (shrunken, right on average over clusters for any distribution of effects with this variance and kurtosis), "normal" (shrunken, for normally distributed effects) or "raw" (unpooled). The standard
-        error is that of the noise left in the estimate; for "normal" also of where the effect lies."""
+        kind : "robust" (shrunken, right on average over clusters for any distribution of effects with this variance and kurtosis),
+        "normal" (shrunken, for normally distributed effects) or "raw" (unpooled). The standard error is that of the noise left in
+        the estimate; for "normal" also of where the effect lies."""
         from scipy.special import ndtri
         if kind not in ("robust", "normal", "raw"):
             raise InputError(f"Unknown kind {kind!r}." + nearest(kind, ["robust", "normal", "raw"]))
@@ -324,39 +396,48 @@ class ClusterEffects:
         error = {"raw": np.sqrt(p.variances), "normal": p.error, "robust": p.noise}[kind]
         half = robust_half(p, self.kurtosis, level) if kind == "robust" else z * error
         point = p.effects if kind == "raw" else p.shrunken
-        return pd.DataFrame({"term": self.table.index[self.table["effect"].notna()], "estimate": point, "std_error": error, "conf_low": point - half, "conf_high": point + half})
+        return pd.DataFrame({"term": self.table.index[self.table["effect"].notna()], "estimate": point, "std_error": error,
+                             "conf_low": point - half, "conf_high": point + half})
 
     def _notes(self) -> list[str]:
-        p, places = self.pooled, f"z.{decimals(np.sqrt(self.pooled.cov[0, 0]))}f"
-        have, line = self.table["effect"].notna(), "" if not self.names else " around the line in " + listed(self.names)
+        p, have, places = self.pooled, self.table["effect"].notna(), f"z.{decimals(self.pooled.noise.mean())}f"
+        line = " around the line in " + listed(self.names) if self.names else ""
         notes = [f"{counted(int(have.sum()), 'cluster')} of {len(have):,} with an effect."]
         for reason, part in self.table[~have].groupby("reason"):
-            notes.append(f"{counted(len(part), 'cluster')} with {reason}" + (f" ({part['share'].sum():.1%} of the target)." if part["share"].sum() else "."))
-        notes.append(f"Test of no spread{line}: Q = {p.q:.1f} with {p.df} degrees of freedom, p = {self.q_p_value:.3g}. Standard deviation of the true effects{line}: {self.tau:.3g}"
-                     + (f", which is too small to see: shrinkage uses {np.sqrt(p.used):.3g}." if p.tau2 < p.floor else "."))
+            share = part["share"].sum()
+            notes.append(f"{counted(len(part), 'cluster')} with {reason}" + (f" ({share:.1%} of the target)." if share else "."))
+        unseen = f", which is too small to see: shrinkage uses {np.sqrt(p.used):.3g}." if p.tau2 < p.floor else "."
+        notes.append(f"Test of no spread{line}: Q = {p.q:.1f} with {p.df} degrees of freedom, p = {self.q_p_value:.3g}. Standard deviation of the "
+                     f"true effects{line}: {self.tau:.3g}{unseen}")
         if self.matched:
             notes.append(f"The effects, each by its share of the target, average to the {self.term}: {self.average:{places}}.")
         else:
-            notes.append(f"The effects, each by its share of the target, average to {self.average:{places}}; the {self.term} is {self.estimate:{places}}. They differ because these weights do not add up to the target in "
-                         "each cluster: part of a cluster's comparison is with other clusters.")
-        return notes + [f"conf_low, conf_high: robust to the distribution of effects, kurtosis {self.kurtosis:.3g}; right for 95% of the clusters on average, not for each."]
+            notes.append(f"The effects, each by its share of the target, average to {self.average:{places}}; the {self.term} is "
+                         f"{self.estimate:{places}}. They differ because these weights do not add up to the target in each cluster: part of a "
+                         "cluster's comparison is with other clusters.")
+        return notes + [f"conf_low, conf_high: robust to the distribution of effects, kurtosis {self.kurtosis:.3g}; right for 95% of the clusters "
+                        "on average, not for each."]
 
     def summary(self) -> Table:
         "The lowest and highest clusters, how much of the spread is noise, and what the effects add up to."
-        shown = self.table.drop(columns="reason").join(self.tidy().set_index("term")[["conf_low", "conf_high"]]).dropna(subset="effect").sort_values("shrunken", kind="stable")
+        limits = self.tidy().set_index("term")[["conf_low", "conf_high"]]
+        shown, title = self.table.drop(columns="reason").join(limits).dropna(subset="effect"), "Effects by cluster"
+        shown = shown.sort_values("shrunken", kind="stable")
         if len(shown) > 10:
-            shown = pd.concat([shown[:5], shown[-5:]])
+            shown, title = pd.concat([shown[:5], shown[-5:]]), "Effects by cluster, the five lowest and highest"
         places = f"z.{decimals(self.table['std_error'].min())}f"
-        formats = dict.fromkeys(["effect", "std_error", "shrunken", "conf_low", "conf_high"], places) | {"ess_treated": ".1f", "ess_controls": ".1f", "share": ".1%"}
-        return Table(shown, title="Effects by cluster" + (", the five lowest and highest" if len(shown) < self.table["effect"].notna().sum() else ""), notes=self._notes(), formats=formats)
+        formats = dict.fromkeys(["effect", "std_error", "shrunken", *limits], places)
+        return Table(shown, title=title, notes=self._notes(), formats=formats | {"ess_treated": ".1f", "ess_controls": ".1f", "share": ".1%"})
 
     def plot(self, ax=None, level: float = 0.95):
-        "Clusters in order of their shrunken effects (dots, with robust intervals), raw effects as hollow dots, the overall estimate as a line; returns the Axes."
+        """Clusters in order of their shrunken effects (dots, with robust intervals), raw effects as hollow dots, the overall estimate
+        as a line. ax : where to draw (default: a new figure). Returns the Axes."""
         order = self.tidy(level).sort_values("estimate", kind="stable")
         raw = self.table.loc[order["term"], "effect"]
         if ax is None:
             import matplotlib.pyplot as plt
-            _, ax = plt.subplots(figsize=(6.5, 1.2 + 0.13 * len(order) if len(order) > 20 else 0.9 + 0.32 * len(order)), layout="constrained")
+            height = 1.2 + 0.13 * len(order) if len(order) > 20 else 0.9 + 0.32 * len(order)
+            _, ax = plt.subplots(figsize=(6.5, height), layout="constrained")
         labels = [str(term) for term in order["term"]]
         interval_plot(labels, raw, ax=ax, filled=False, label="raw")
         interval_plot(labels, order["estimate"], order["conf_low"], order["conf_high"], ax=ax, label=f"shrunken, {100 * level:g}% robust interval")
@@ -365,7 +446,7 @@ class ClusterEffects:
             ax.tick_params(axis="y", labelsize=6)
             for line in ax.lines:
                 line.set_markersize(3.5)
-        ax.set_xlabel("effect")
+        ax.set_xlabel("effect, in units of the outcome")
         ax.set_ylabel(str(self.table.index.name), parse_math=False)
         ax.legend(fontsize="small", frameon=False)
         return ax
@@ -375,25 +456,25 @@ class ClusterEffects:
 
     def _repr_html_(self) -> str: return self.summary()._repr_html_()
 
-
-def _checked(level: float) -> float:
-    if not (isinstance(level, Real) and 0 < level < 1):
-        raise InputError(f"level={level!r} must lie between 0 and 1, for example 0.95.")
-    return level
-
 # %% ../nbs/17_by_cluster.ipynb #5b73e934
 def cluster_effects(weights: Weights, outcome=None, *, covs=None, bias_corrected: bool = False, kurtosis: float | None = None) -> ClusterEffects:
     """The effect in each cluster with its standard error, the test and size of their spread, and effects shrunken towards each other.
 
-    outcome : as in `Weights.estimate`. covs : properties of clusters that effects are drawn to by a line: names of the study's columns (their means by cluster), or a data frame of numbers with one row for each cluster
-    and its label in the index. bias_corrected : subtract in each cluster the imbalance left there times the outcome's slopes within clusters and arm. kurtosis : of the true effects, for the robust intervals, at least 1; default:
-    estimated; infinite: any. Standard errors hold for given weights, and if units vary equally around their means in all clusters.
-    Raises `InputError` for surveys, whole-cluster treatments, the ATO and targets from outside; `EstimationError` for too few clusters with both arms.
+    outcome : as in `Weights.estimate`. covs : properties of clusters, for a line that effects are drawn to instead of their mean:
+    names of the study's columns (their means by cluster), or a data frame of numbers with one row for each cluster and its label in
+    the index. bias_corrected : subtract in each cluster the imbalance left there times the outcome's slopes within clusters and arm.
+    kurtosis : of the true effects, for the robust intervals, at least 1; default: estimated; infinite: any. Standard errors hold for
+    given weights, and if units vary equally around their means in all clusters.
+    Raises `InputError` for surveys, whole-cluster treatments, the ATO and targets from outside; `EstimationError` for too few
+    clusters with both arms.
     Source: Ben-Michael, Feller & Keele (2026), Eq. 1; Armstrong, Kolesár & Plagborg-Møller (2022)."""
+    if not isinstance(weights, Weights):
+        raise InputError(f"cluster_effects takes Weights, not {type(weights).__name__}: cluster_effects(hierarchical_weights(study)).")
     study = weights.study
     if study.level != "unit" or weights.estimand == "ATO" or weights.outside is not None:
-        raise InputError("Effects by cluster need clusters with both arms, and a target among the study's units (ATT, ATC or ATE): "
-                         + {"survey": "a survey has one arm.", "cluster": "here whole clusters were treated."}.get(study.level, f"here it is {'outside' if weights.outside is not None else 'found by the weights'}."))
+        why = {"survey": "a survey has one arm", "cluster": "here whole clusters were treated"}.get(study.level)
+        why = why or ("here it is outside" if weights.outside is not None else "here it is found by the weights")
+        raise InputError(f"Effects by cluster need clusters with both arms, and a target among the study's units (ATT, ATC or ATE): {why}.")
     if kurtosis is not None and not (isinstance(kurtosis, Real) and kurtosis >= 1):
         raise InputError(f"kurtosis={kurtosis!r} must be a number from 1 to infinity.")
     recipe, name = named_outcome(weights, outcome)
@@ -405,11 +486,14 @@ def cluster_effects(weights: Weights, outcome=None, *, covs=None, bias_corrected
     variance = within_cells(x[kept], y[kept], (2 * study.cluster + study.treat)[kept])[1]
     table["std_error"] = np.sqrt(variance * (1 / table["ess_treated"] + 1 / table["ess_controls"]))
     covariates, names = _cluster_covariates(study, covs, have)
-    effects, variances = (table.loc[have, c].to_numpy() for c in ("effect", "std_error"))
-    pooled = pool_effects(effects, variances**2, None if covariates is None else covariates[have])
+    effects, errors = (table.loc[have, column].to_numpy() for column in ("effect", "std_error"))
+    pooled = pool_effects(effects, errors**2, None if covariates is None else covariates[have])
     table["shrunken"] = pd.Series(pooled.shrunken, table.index[have])
     off = [np.abs(cluster_sums(gap, study.starts)).max() for gap in weights.gaps.values()]
     average = float(np.average(table.loc[have, "effect"], weights=table.loc[have, "share"]))
-    overall = point_estimate(recipe, y) - sum(float(weights.gaps[arm] @ said) * (1 if arm == "treated" else -1) for arm, said in predicted.items())
-    return ClusterEffects(table, overall, average, weights.estimand, variance, pooled,
-                          effect_kurtosis(effects - pooled.fitted, variances**2, pooled.used) if kurtosis is None else float(kurtosis), tuple(names), max(off) < 1e-9)
+    overall = point_estimate(recipe, y)
+    for arm, said in predicted.items():
+        overall -= float(weights.gaps[arm] @ said) * (1 if arm == "treated" else -1)
+    if kurtosis is None:
+        kurtosis = effect_kurtosis(effects - pooled.fitted, errors**2, pooled.used)
+    return ClusterEffects(table, overall, average, weights.estimand, variance, pooled, float(kurtosis), tuple(names), max(off) < 1e-9)

@@ -86,16 +86,18 @@ def _bounds(starts, arm, totals, base, bounds, cluster_bounds, labels) -> tuple[
     others = np.array([least[of_arm == a].sum() for a in range(len(totals))])
     most = np.minimum(most, (totals - others)[of_arm] + least)         # what the others leave
     half = np.maximum((most - least) / 2, 1e-12 * totals[of_arm])
-    return lower, upper, (Constraint(BlockSums(np.ones((len(lower), 1)), starts, np.ones(len(half))), ((most + least) / 2)[:, None],
-                                     "bounds on clusters", list(labels), unit=half[:, None], tolerance=1.0),)
+    sums = BlockSums(np.ones((len(lower), 1)), starts, np.ones(len(half)))
+    middle = ((most + least) / 2)[:, None]                             # |sum − middle| ≤ half
+    return lower, upper, (Constraint(sums, middle, "bounds on clusters", list(labels), unit=half[:, None], tolerance=1.0),)
 
 
 def _pair(cluster_bounds) -> tuple[float, float]:
+    "The two numbers, or an `InputError`."
     try:
         low, high = map(float, cluster_bounds if not isinstance(cluster_bounds, str) else ())
     except (TypeError, ValueError):
         raise InputError(f"cluster_bounds={cluster_bounds!r} must be two numbers, for example (0, 5): the smallest and largest mean weight of a "
-                         f"cluster.") from None
+                         "cluster.") from None
     if not low <= high:
         raise InputError(f"cluster_bounds={cluster_bounds!r}: the lower bound must not exceed the upper.")
     return low, high
@@ -106,19 +108,17 @@ def _check_room(least, most, of_arm, totals, size, labels) -> None:
     crossed = [labels[g] for g in np.flatnonzero(least > most)]
     if crossed:
         raise InfeasibleError(f"Bounds on units and on clusters contradict each other in {counted(len(crossed), 'cluster')}: {listed(crossed)}. "
-                              f"Widen either.", crossed,
-                              clusters=crossed)
+                              "Widen either.", crossed, clusters=crossed)
     for a, total in enumerate(totals):
         mine = of_arm == a
         low, high = least[mine].sum(), most[mine].sum()
         short, over = high < total * (1 - 1e-12), low > total * (1 + 1e-12)
         if short or over:
             names, mean = [labels[g] for g in np.flatnonzero(mine)], total / size[mine].sum()
-            raise InfeasibleError(f"The bounds leave no room: {counted(len(names), 'cluster')} ({listed(names)}) "
-                                  f"{'may carry at most' if short else 'must carry at least'} {high if short else low:,.6g} in all, "
-                                  f"but their weights must add up to {total:,.6g}, {mean:.3g} for each unit. Choose "
-                                  f"{'an upper' if short else 'a lower'} bound well "
-                                  f"{'above' if short else 'below'} that.", names, clusters=names)
+            verb, way = ("may carry at most", "an upper bound well above") if short else ("must carry at least", "a lower bound well below")
+            raise InfeasibleError(f"The bounds leave no room: {counted(len(names), 'cluster')} ({listed(names)}) {verb} "
+                                  f"{high if short else low:,.6g} in all, but their weights must add up to {total:,.6g}, {mean:.3g} for each unit. "
+                                  f"Choose {way} that.", names, clusters=names)
 
 # %% ../nbs/14_cos.ipynb #b0dbf81c
 def solve_cos_overlap(x: np.ndarray, starts: np.ndarray, treat: np.ndarray, lam: float, icc: float, *, base: np.ndarray | None = None,
@@ -163,8 +163,7 @@ def outcome_noise(x: np.ndarray, y: np.ndarray, starts: np.ndarray, *, treat: np
     shared = sum((np.maximum.reduceat(v, starts[:-1]) - np.minimum.reduceat(v, starts[:-1])).max() < 1e-9 for v in columns.T) + len(extra)
     if len(starts) - 2 <= shared:
         raise EstimationError(f"{counted(len(starts) - 1, 'cluster')} and {shared} columns that do not vary within them (treatment among them) "
-                              f"leave nothing to estimate the variance between "
-                              "clusters from.")
+                              "leave nothing to estimate the variance between clusters from.")
     used = [name for name, yes in zip(own, varies) if yes] + ["treatment"] * len(extra)
     fit = fit_linear_mixed(np.column_stack([columns, *extra]), y, starts, names=used)
     signal = float((fit.coef[1:1 + columns.shape[1]] ** 2).sum())
@@ -174,9 +173,10 @@ def outcome_noise(x: np.ndarray, y: np.ndarray, starts: np.ndarray, *, treat: np
 def cos_features(study: Study, *, cluster_means: bool = True, interactions: bool | Sequence[tuple[str, str]] = False) -> Study:
     """The study with further covariates: the cluster means of those that vary within clusters, and products of unit with cluster covariates.
 
-    cluster_means : add a column "mean of …" for each covariate that varies within clusters. interactions : True for all pairs of a covariate of units
-    with one of clusters, means included, or a list of pairs of names; products are of standardised columns. The same covariates are in the
-    optimisation of `cos_weights` with these options; `balance_of(cos_features(study), weights)` shows their balance."""
+    cluster_means : add a column "mean of …" for each covariate that varies within clusters (default: yes). interactions : True for all pairs of a
+    covariate of units with one of clusters, means included, or a list of pairs of names; products are of standardised columns. The same
+    covariates are in the optimisation of `cos_weights` with these options; `balance_of(cos_features(study), weights)` shows their balance.
+    Raises `InputError` for pairs that are not of both kinds and for names that exist already."""
     if not isinstance(cluster_means, (bool, np.bool_)):
         raise InputError(f"cluster_means={cluster_means!r} must be True or False.")
     names, x, s = list(study.names), study.x, study.sampling_weights
@@ -186,15 +186,17 @@ def cos_features(study: Study, *, cluster_means: bool = True, interactions: bool
         differ = np.ptp(mean, axis=0) > 1e-12 * np.abs(mean).max(axis=0, initial=0.0)
         mean, new = mean[:, differ], [f"mean of {names[j]}" for j, yes in zip(own, differ) if yes]
         x, names, fixed = np.column_stack([x, np.repeat(mean, np.diff(study.starts), axis=0)]), names + new, fixed + new
-    pairs = [(study.names[j], c) for j in own for c in fixed] if interactions is True else (
-        interactions if isinstance(interactions, (list, tuple)) else [interactions] if interactions else [])
+    if interactions is True:
+        pairs = [(study.names[j], c) for j in own for c in fixed]
+    else:
+        pairs = interactions if isinstance(interactions, (list, tuple)) else [interactions] if interactions else []
     z = (x - np.average(x, axis=0, weights=s)) / np.where(x.std(axis=0) > 0, x.std(axis=0), 1.0)
     for pair in pairs:
         unit, cluster = _checked_pair(pair, [study.names[j] for j in own], fixed)
         x, names = np.column_stack([x, z[:, names.index(unit)] * z[:, names.index(cluster)]]), [*names, f"{unit}:{cluster}"]
     if len(set(names)) < len(names):
-        raise InputError(f"Covariates named {listed(sorted({n for n in names if names.count(n) > 1}))} are in the study already: leave out one of "
-                         f"the two.")
+        double = sorted({n for n in names if names.count(n) > 1})
+        raise InputError(f"Covariates named {listed(double)} are in the study already: leave out one of the two.")
     return study._altered(x=x, names=tuple(names), constant_within=tuple(fixed))
 
 
@@ -254,7 +256,7 @@ def cos_weights(study: Study, design: str = "unit", *, estimand: str | None = No
 def _check_design(study: Study, design, icc, lam, bounds, interactions) -> None:
     if design not in ("unit", "cluster"):
         raise InputError(f"Unknown design {design!r}." + nearest(design, ["unit", "cluster"]))
-    if design == "cluster" and bounds not in ((0, np.inf), [0, np.inf]):
+    if design == "cluster" and tuple(np.ravel(bounds)) != (0, np.inf):
         raise InputError("With design='cluster' all units of a cluster get the same weight: give cluster_bounds instead of bounds.")
     if design == "cluster" and interactions:
         raise InputError("interactions are products of covariates of units and of clusters; design='cluster' uses those of clusters only.")
@@ -262,8 +264,8 @@ def _check_design(study: Study, design, icc, lam, bounds, interactions) -> None:
     for name, treated in (("treated", study.n_treated > 0), ("control", study.n_treated == 0)):
         if treated.sum() < 2:
             raise EstimationError(f"There is only {counted(int(treated.sum()), name + ' cluster')} ({listed(study.labels[treated])}) of "
-                                  f"{study.n_clusters:,}: what sets one cluster apart cannot be "
-                                  "told from the effect of treatment. At least two are needed in each arm, and a few dozen for a useful interval.")
+                                  f"{study.n_clusters:,}: what sets one cluster apart cannot be told from the effect of treatment. At least two "
+                                  "are needed in each arm, and a few dozen for a useful interval.")
 
 
 def _features(study: Study, design: str, cluster_means: bool, interactions) -> Study:
@@ -290,7 +292,7 @@ def _set_aside(study: Study, estimand: str, share: float | None, seed: int) -> n
             count = round(share * len(own))
             if not 2 <= count <= len(own) - 2:
                 raise EstimationError(f"sample_split={share:g} sets aside {count} of {len(own)} {'treated' if treated else 'control'} clusters; at "
-                                      f"least two must be on either side.")
+                                      "least two must be on either side.")
             aside[rng.choice(own, count, replace=False)] = True
     return np.repeat(aside, np.diff(study.starts))
 
@@ -320,8 +322,7 @@ def _noise_of(features: Study, use: np.ndarray) -> Noise:
     except (InputError, EstimationError) as error:
         k = len(np.unique(features.cluster[rows]))
         raise EstimationError(f"icc='auto' and lam='auto' fit a random-intercept model to {len(rows):,} outcomes in {counted(k, 'cluster')}, and "
-                              f"that failed: "
-                              f"{error} Give icc and lam as numbers, or use fewer covariates.") from None
+                              f"that failed: {error} Give icc and lam as numbers, or use fewer covariates.") from None
     if not (np.isfinite(found.lam) and found.lam > 0):
         raise EstimationError(f"lam='auto' finds no signal or no noise in {len(rows):,} outcomes. Give a number.")
     return found
@@ -389,12 +390,11 @@ class CosAdvice:
     def _notes(self) -> list[str]:
         c, u = self.clusters, self.units
         return [f"Residual variance with covariates of clusters {c.variance:.4g} (ICC {c.icc:.3f}, lam {c.lam:.3g}), of units as well "
-                f"{u.variance:.4g} (ICC {u.icc:.3f}, lam {u.lam:.3g}): {counted(u.units, 'unit')} in "
-                f"{counted(u.clusters, 'cluster')}. The {self.arm} are weighted.",
+                f"{u.variance:.4g} (ICC {u.icc:.3f}, lam {u.lam:.3g}): {counted(u.units, 'unit')} in {counted(u.clusters, 'cluster')}. "
+                f"The {self.arm} are weighted.",
                 f"Variance ratio: {u.variance:.4g} / {c.variance:.4g} times the design effect; below 1, covariates of units make the estimate more "
-                f"precise. It compares variances only, for "
-                f"covariates that are balanced either way, and takes the ICC of this study as the same in both models; with each model's own it is "
-                f"{self.own_ratio:.3f}.",
+                "precise. It compares variances only, for covariates that are balanced either way, and takes the ICC as the same in both models; "
+                f"with each model's own it is {self.own_ratio:.3f}.",
                 "If units could choose their cluster because of its treatment, covariates of units belong in, whatever the ratio."]
 
     def __str__(self) -> str: return str(self.summary())
@@ -407,11 +407,13 @@ def cos_advice(study: Study, *, estimand: str = "ATT", cluster_means: bool = Fal
     """Where it suffices to balance covariates of clusters, does it pay to balance those of units as well? And do the clusters overlap?
 
     estimand : "ATT" (controls are weighted) or "ATC". cluster_means, solver : as in `cos_weights`. Weights are computed for each value of ρ by both
-    designs, at the lam of the model with all covariates: at lams of their own, one would be charged for balance that the other does not buy. The
-    study needs an outcome and covariates of both kinds.
+    designs, at the lam of the model with all covariates: at lams of their own, one would be charged for balance that the other does not buy.
+    Raises `InputError` unless the study has an outcome, treatment of whole clusters and covariates of both kinds.
     Source: Ben-Michael, Page & Keele (2024), section 3.4."""
     if estimand not in ("ATT", "ATC"):
         raise InputError("cos_advice weights one arm: estimand='ATT' or 'ATC'.")
+    if isinstance(study, Study) and not study.outcomes:
+        raise InputError("cos_advice compares residual variances of an outcome, and the study has none.")
     options = {"estimand": estimand, "cluster_means": cluster_means, "solver": solver}
     cos_weights(study, icc=0.5, lam=1.0, **options)           # its complaints first
     [arm] = arms(study, estimand, within=False)[0]
@@ -419,13 +421,16 @@ def cos_advice(study: Study, *, estimand: str = "ATT", cluster_means: bool = Fal
     if len(study.constant_within) == len(study.names):
         raise InputError("All covariates are those of clusters: there are none of units to decide about.")
     s, starts = study.sampling_weights[arm.rows], _blocks(study, arm.rows)[0]
-    def found(design, icc): return cos_weights(study, design, icc=icc, lam=u.lam, **options).in_order[arm.rows]
+
+    def found(design, icc):
+        return cos_weights(study, design, icc=icc, lam=u.lam, **options).in_order[arm.rows]
     rows = {}
     for icc in sorted({*_GRID, u.icc}):
         effect = design_effect_of_weights(found("unit", icc), found("cluster", icc), starts, icc, s)
         ratio = u.variance / c.variance * effect
         rows[icc] = {"design effect": effect, "variance ratio": ratio, "covariates of units": "worth it" if ratio < 1 else "not worth it"}
-    own = u.variance * _penalty(found("unit", u.icc), starts, u.icc, s) / (c.variance * _penalty(found("cluster", c.icc), starts, c.icc, s))
+    by_unit = u.variance * _penalty(found("unit", u.icc), starts, u.icc, s)
+    own = by_unit / (c.variance * _penalty(found("cluster", c.icc), starts, c.icc, s))
     return CosAdvice(arm.name, c, u, pd.DataFrame(rows).T.infer_objects(), _cluster_overlap(study), own)
 
 
@@ -443,8 +448,8 @@ def _cluster_overlap(study: Study) -> pd.DataFrame:
 # %% ../nbs/14_cos.ipynb #90cf12b4
 @patch
 def plot(self: CosAdvice, ax=None):
-    """The variance ratio over the intraclass correlation, with the ranges found in health and education; below 1, covariates of units pay. Returns
-    the Axes."""
+    """The variance ratio over the intraclass correlation, with the ranges found in health and education; below 1, covariates of units pay.
+    ax : where to draw (default: a new figure). Returns the Axes."""
     if ax is None:
         import matplotlib.pyplot as plt
         _, ax = plt.subplots(figsize=(6.5, 3.8), layout="constrained")
@@ -454,8 +459,8 @@ def plot(self: CosAdvice, ax=None):
     ax.axhline(1, color="black", linestyle="--", linewidth=1)
     ax.plot(ratio.index, ratio, "-", color="black", linewidth=1.2)
     ax.plot([self.units.icc], [ratio.loc[self.units.icc]], "o", color="black", label=f"this study: {self.units.icc:.3f}")
-    ax.set(xlabel="intraclass correlation of the residuals", ylabel="variance ratio", xlim=(-0.01, 1.01), title="Below 1: balance covariates of "
-                                                                                                                "units as well")
+    ax.set(xlabel="intraclass correlation of the residuals", ylabel="variance ratio", xlim=(-0.01, 1.01),
+           title="Below 1: balance covariates of units as well")
     ax.title.set_fontsize("medium")
     ax.legend(fontsize="small")
     ax.spines[["top", "right"]].set_visible(False)
@@ -464,7 +469,7 @@ def plot(self: CosAdvice, ax=None):
 
 def plot_arm_means(weights: Weights, ax=None):
     """Covariate means of both arms before and after weighting, in overall standard deviations from the overall mean: whom do the weights make of each
-    arm? Returns the Axes.
+    arm? ax : where to draw (default: a new figure). Returns the Axes.
 
     Source: Ben-Michael, Page & Keele (2024), Figure 3."""
     study, s = weights.study, weights.study.sampling_weights
@@ -483,23 +488,25 @@ def plot_arm_means(weights: Weights, ax=None):
 
 def plot_clusters(weights: Weights, ax=None):
     """Each cluster on the line along which the arms' clusters differ most; rings: its size, dots: the weight it carries, both as areas and in shares
-    of its arm. Returns the Axes.
+    of its arm. Heights within an arm mean nothing. ax : where to draw (default: a new figure). Returns the Axes.
 
     The line is a linear discriminant of the clusters' means, shrunk so that it exists with few clusters, in standard deviations of clusters within
-    arms."""
+    arms. Raises `InputError` unless whole clusters were treated."""
+    if weights.study.level != "cluster":
+        raise InputError("plot_clusters compares treated with control clusters: it is for whole clusters that are treated or not.")
     if ax is None:
         import matplotlib.pyplot as plt
         _, ax = plt.subplots(figsize=(8, 3.4), layout="constrained")
     study = weights.study
     score, treated = _separation(study), study.n_treated > 0
     size, weight = (cluster_sums(v, study.starts) for v in (study.sampling_weights, weights.in_order))
-    order = np.argsort(np.argsort(study.labels.astype(str), kind="stable"), kind="stable")
-    for arm, mask, level in (("treated", treated, 1.0), ("controls", ~treated, 0.0)):
-        height = level + 0.28 * np.sin(2.4 * order[mask])                   # so that clusters do not hide each other
+    for mask, level in ((treated, 1.0), (~treated, 0.0)):
+        rank = np.argsort(np.argsort(score[mask], kind="stable"), kind="stable")
+        height = level + np.array([0.0, 0.3, -0.3, 0.15, -0.15])[rank % 5]                  # neighbours do not hide each other
         ax.scatter(score[mask], height, 4000 * size[mask] / size[mask].sum(), facecolor="none", edgecolor="0.6", linewidth=0.8)
         ax.scatter(score[mask], height, 4000 * weight[mask] / weight[mask].sum(), facecolor="black", alpha=0.6, linewidth=0)
-    ax.set(yticks=[0, 1], ylim=(-0.5, 1.5), xlabel="where the clusters of the two arms differ most (treated to the right)")
-    ax.set_yticklabels([f"{counted(int(k), f'{name} cluster')}" for k, name in (((~treated).sum(), "control"), (treated.sum(), "treated"))])
+    ax.set(yticks=[0, 1], ylim=(-0.5, 1.5), xlabel="score that separates the arms best, in standard deviations (treated to the right)")
+    ax.set_yticklabels([counted(int(k), f"{name} cluster") for k, name in (((~treated).sum(), "control"), (treated.sum(), "treated"))])
     ax.spines[["top", "right", "left"]].set_visible(False)
     return ax
 
@@ -507,7 +514,8 @@ def plot_clusters(weights: Weights, ax=None):
 def _separation(study: Study) -> np.ndarray:
     "(K,) the clusters' scores on the discriminant of their means."
     s, z = study.sampling_weights, (study.x - study.x.mean(axis=0)) / study.x.std(axis=0)
-    means, treated = cluster_sums(s[:, None] * z, study.starts) / cluster_sums(s, study.starts)[:, None], study.n_treated > 0
+    means = cluster_sums(s[:, None] * z, study.starts) / cluster_sums(s, study.starts)[:, None]
+    treated = study.n_treated > 0
     centred_means = means - np.where(treated[:, None], means[treated].mean(axis=0), means[~treated].mean(axis=0))
     within = centred_means.T @ centred_means / len(means)
     within[np.diag_indices(len(within))] += 0.1 * np.trace(within) / len(within)

@@ -23,14 +23,15 @@ from .weights import FRAMEWORK_PAPER, WEIGHTED_ARMS, Weights, group_mask, method
 # %% auto #0
 __all__ = ['score_weights', 'fit_levels', 'fit_each', 'Propensity', 'propensity_scores', 'ipw_weights']
 
-# %% ../nbs/11_ipw.ipynb #8204d90f
+# %% ../nbs/11_ipw.ipynb #ef8fc275
 def score_weights(scores: np.ndarray, treat: np.ndarray, base: np.ndarray, estimand: str) -> np.ndarray:
     """(n,) weights from propensity scores strictly between 0 and 1, not normalised.
 
     scores : (n,). treat : (n,) bool. base : (n,) sampling weights. estimand : "ATT", "ATC", "ATE" or "ATO".
     Source: Rosenbaum & Rubin (1983); Li, Morgan & Zaslavsky (2018), Table 1."""
-    e = scores
-    treated, controls = {"ATT": (np.ones_like(e), e / (1 - e)), "ATC": ((1 - e) / e, np.ones_like(e)), "ATE": (1 / e, 1 / (1 - e)), "ATO": (1 - e, e)}[estimand]
+    e, one = scores, np.ones_like(scores)
+    by_estimand = {"ATT": (one, e / (1 - e)), "ATC": ((1 - e) / e, one), "ATE": (1 / e, 1 / (1 - e)), "ATO": (1 - e, e)}
+    treated, controls = by_estimand[estimand]
     return base * np.where(treat, treated, controls)
 
 # %% ../nbs/11_ipw.ipynb #89cde05d
@@ -46,15 +47,19 @@ def _standardised(x: np.ndarray) -> np.ndarray:
     return (x - x.mean(axis=0)) / np.where(spread > 0, spread, 1.0)
 
 
-def fit_levels(x: np.ndarray, z: np.ndarray, starts: np.ndarray, *, weights: np.ndarray | None = None, penalty: float = 0.0, names=None) -> np.ndarray:
+def fit_levels(x: np.ndarray, z: np.ndarray, starts: np.ndarray, *, weights: np.ndarray | None = None, penalty: float = 0.0,
+               names=None) -> np.ndarray:
     """Logistic regression with a level for each block; returns the (n,) fitted chances.
 
-    x : (n, d), without intercept. z : (n,) bool. starts : (K + 1,) blocks; [0, n] for a single level. weights : (n,) of units (default 1). penalty : κ ≥ 0 on half the squared deviations of levels from their
-    mean. names : of the columns. Raises `EstimationError` for separation, with the columns that do it.
+    x : (n, d), without intercept. z : (n,) bool. starts : (K + 1,) blocks; [0, n] for a single level. weights : (n,) of
+    units (default 1). penalty : κ ≥ 0 on half the squared deviations of levels from their common α. names : of the columns
+    (default x0, x1, …). Raises `EstimationError` for separation, with the columns that do it.
     Source: maximum likelihood by Newton's method, levels eliminated block by block."""
-    s, names = np.ones(len(z)) if weights is None else weights, [f"x{j}" for j in range(x.shape[1])] if names is None else names
+    s = np.ones(len(z)) if weights is None else weights
+    names = [f"x{j}" for j in range(x.shape[1])] if names is None else names
     x = np.column_stack([np.ones(len(z)), _standardised(x)]) if penalty else _standardised(x)
     sizes, theta, level = np.diff(starts), np.zeros(x.shape[1]), np.zeros(len(starts) - 1)
+
     def value(theta, level):
         eta = x @ theta + np.repeat(level, sizes)
         return s @ (np.where(z, eta, 0.0) - np.logaddexp(0, eta)) - penalty / 2 * (level @ level), eta
@@ -64,25 +69,31 @@ def fit_levels(x: np.ndarray, z: np.ndarray, starts: np.ndarray, *, weights: np.
         w, r = s * e * (1 - e), s * (z - e)
         total, u = cluster_sums(w, starts) + penalty, cluster_sums(w[:, None] * x, starts)
         pull = cluster_sums(r, starts) - penalty * level
-        step = np.linalg.lstsq(x.T @ (w[:, None] * x) - u.T @ (u / total[:, None]), x.T @ r - u.T @ (pull / total), rcond=1e-12)[0]
+        curvature = x.T @ (w[:, None] * x) - u.T @ (u / total[:, None])
+        step = np.linalg.lstsq(curvature, x.T @ r - u.T @ (pull / total), rcond=1e-12)[0]
         move, length = (pull - u @ step) / total, 1.0
-        while (new := value(theta + length * step, level + length * move))[0] < now - 1e-12 * abs(now) and length > 1e-6:
+        new = value(theta + step, level + move)
+        while new[0] < now - 1e-12 * abs(now) and length > 1e-6:
             length /= 2
+            new = value(theta + length * step, level + length * move)
         theta, level, gain, (now, eta) = theta + length * step, level + length * move, new[0] - now, new
         if np.abs(eta).max() > 2 * _CERTAIN or gain < 1e-13 * s.sum():
             break
     certain = int((np.abs(eta) > _CERTAIN).sum())
     if certain:
         slopes = np.abs(theta[-len(names):])
-        raise EstimationError(f"Separation: {listed([names[j] for j in np.flatnonzero(slopes > 0.3 * slopes.max())])} predict treatment with certainty for {counted(certain, 'unit')}, so that there is no finite "
-                              "estimate. Leave out or merge these, or restrict the data to where both arms are found.")
+        steep = [names[j] for j in np.flatnonzero(slopes > 0.3 * slopes.max())]
+        raise EstimationError(f"Separation: {listed(steep)} {'predicts' if len(steep) == 1 else 'predict'} treatment with certainty for "
+                              f"{counted(certain, 'unit')}, so that there is no finite estimate. Leave out or merge columns, or restrict the data to "
+                              "where both arms are found.")
     return _chance(eta)
 
 # %% ../nbs/11_ipw.ipynb #5a966fa8
 def fit_each(x: np.ndarray, z: np.ndarray, starts: np.ndarray, *, weights: np.ndarray | None = None, penalty: float = 0.0) -> np.ndarray:
     """A logistic regression for each cluster; returns (n,) fitted chances, NaN in clusters that have no finite estimate.
 
-    x : (n, d), without intercept. z : (n,) bool. starts : (K + 1,). weights : (n,) of units (default 1). penalty : κ ≥ 0 on half the squared slopes of covariates standardised over all units.
+    x : (n, d), without intercept. z : (n,) bool. starts : (K + 1,), where clusters begin. weights : (n,) of units (default 1).
+    penalty : κ ≥ 0 on half the squared slopes of covariates standardised over all units.
     Source: maximum likelihood by Newton's method, for all clusters at a time."""
     s, sizes, k = np.ones(len(z)) if weights is None else weights, np.diff(starts), len(starts) - 1
     x = np.column_stack([np.ones(len(z)), _standardised(x)])
@@ -92,14 +103,16 @@ def fit_each(x: np.ndarray, z: np.ndarray, starts: np.ndarray, *, weights: np.nd
         e = _chance(eta)
         w, gradient = s * e * (1 - e), cluster_sums((s * (z - e))[:, None] * x, starts) - ridge * coef
         hessian = np.stack([cluster_sums((w * x[:, j])[:, None] * x, starts) for j in range(q)], axis=1)
-        hessian[:, np.arange(q), np.arange(q)] += ridge + 1e-9 * (1 + hessian[:, np.arange(q), np.arange(q)])
+        diagonal = np.arange(q)
+        hessian[:, diagonal, diagonal] += ridge + 1e-9 * (1 + hessian[:, diagonal, diagonal])
         step = np.linalg.solve(hessian, gradient[:, :, None])[:, :, 0]
         step *= np.minimum(1, 5 / (np.abs(step).max(axis=1, keepdims=True) + 1e-300))        # a cautious step where the model runs away
         coef = np.where(np.abs(coef).max(axis=1, keepdims=True) < 1e3, coef + step, coef)
         eta = np.einsum("nq,nq->n", x, np.repeat(coef, sizes, axis=0))
         if np.abs(gradient).max() < 1e-9 * s.max():
             break
-    settled = np.abs(cluster_sums((s * (z - _chance(eta)))[:, None] * x, starts) - ridge * coef).max(axis=1) < 1e-6 * cluster_sums(s, starts)
+    gradient = cluster_sums((s * (z - _chance(eta)))[:, None] * x, starts) - ridge * coef
+    settled = np.abs(gradient).max(axis=1) < 1e-6 * cluster_sums(s, starts)
     finite = np.maximum.reduceat(np.abs(eta), starts[:-1]) < _CERTAIN
     return np.where(np.repeat(settled & finite, sizes), _chance(eta), np.nan)
 
@@ -109,7 +122,8 @@ _MODELS = ("none", "fixed", "random intercept", "random coefficients", "stratifi
 
 @dataclass(frozen=True, eq=False)
 class Propensity:
-    """Propensity scores. scores : (n,) in the study's order, NaN where the model has none. reason : (n,) why not, empty where it has. model : what was fitted. fit : the mixed model, if it is one."""
+    """Propensity scores. scores : (n,) in the study's order, NaN where the model has none. reason : (n,) why not, empty where
+    it has. model : what was fitted. fit : the mixed model, if it is one."""
     study: Study
     scores: np.ndarray
     reason: np.ndarray
@@ -121,12 +135,15 @@ class Propensity:
         rows = {}
         for name in ("treated", "controls"):
             e = self.scores[group_mask(self.study, name) & (self.reason == "")]
-            rows[name] = {"units": len(e), **{f"{q}%": np.quantile(e, q / 100) for q in (1, 25, 50, 75, 99)}, "below .05": (e < 0.05).mean(), "above .95": (e > 0.95).mean()}
+            quantiles = {f"{q}%": np.quantile(e, q / 100) for q in (1, 25, 50, 75, 99)}
+            rows[name] = {"units": len(e), **quantiles, "below .05": (e < 0.05).mean(), "above .95": (e > 0.95).mean()}
         lost = pd.Series(self.reason[self.reason != ""]).value_counts(sort=False)
         notes = [f"{counted(int(count), 'unit')} without a score: {reason}." for reason, count in lost.items()]
         if self.fit is not None:
-            notes.append("Standard deviation between clusters: " + ", ".join(f"{name} {sd:.3g}" for name, sd in zip(self.fit.random, self.fit.sd)) + f". {self.fit.convergence}.")
-        return Table(pd.DataFrame(rows).T, title=f"Propensity scores, model: {self.model}", notes=notes, formats={"units": ",.0f"} | dict.fromkeys(["below .05", "above .95"], ".1%"))
+            spread = ", ".join(f"{name} {sd:.3g}" for name, sd in zip(self.fit.random, self.fit.sd))
+            notes.append(f"Standard deviation between clusters: {spread}. Fit: {self.fit.convergence}.")
+        formats = {name: ".3f" if name.endswith("%") else ".1%" for name in rows["treated"]} | {"units": ",.0f"}
+        return Table(pd.DataFrame(rows).T, title=f"Propensity scores, model: {self.model}", notes=notes, formats=formats)
 
     def __str__(self) -> str: return str(self.summary())
     __repr__ = __str__
@@ -134,7 +151,8 @@ class Propensity:
     def _repr_html_(self) -> str: return self.summary()._repr_html_()
 
     def plot(self, axes=None):
-        "Histograms of the scores, treated above and controls below; and the mean score of each cluster's treated against that of its controls. Returns the two Axes."
+        """Histograms of the scores, treated above and controls below; and the mean score of each cluster's treated against that of
+        its controls. axes : two (default: new ones). Returns them."""
         if axes is None:
             import matplotlib.pyplot as plt
             _, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
@@ -147,12 +165,14 @@ class Propensity:
         first.yaxis.set_major_formatter(lambda count, _: f"{abs(count):,.0f}")
         first.set(xlabel="propensity score", ylabel="units (treated above, controls below)")
         first.legend(fontsize="small")
-        starts = self.study.starts
-        mean = [cluster_sums(np.where(known & arm, self.scores, 0.0), starts) / np.maximum(cluster_sums((known & arm).astype(float), starts), 1e-300) for arm in (~treat, treat)]
-        both = np.all([cluster_sums((known & arm).astype(int), starts) > 0 for arm in (treat, ~treat)], axis=0)
-        second.plot(mean[0][both], mean[1][both], "o", color="black", markerfacecolor="white", markersize=5)
+        totals, counts = zip(*((cluster_sums(np.where(known & arm, v, 0.0), self.study.starts) for v in (self.scores, np.ones(self.study.n)))
+                               for arm in (~treat, treat)))
+        both = (counts[0] > 0) & (counts[1] > 0)
+        controls, treated = (total[both] / count[both] for total, count in zip(totals, counts))
+        second.plot(controls, treated, "o", color="black", markerfacecolor="white", markersize=5)
         second.axline((0, 0), slope=1, color="grey", linestyle="--", linewidth=1)
-        second.set(xlabel="mean score of the cluster's controls", ylabel="mean score of its treated", xlim=(0, 1), ylim=(0, 1), title=f"{counted(int(both.sum()), 'cluster')} with both arms")
+        second.set(xlabel="mean score of the cluster's controls", ylabel="mean score of its treated", xlim=(0, 1), ylim=(0, 1),
+                   title=f"{counted(int(both.sum()), 'cluster')} with both arms")
         return axes
 
 
@@ -171,24 +191,34 @@ def _classified(study: Study, classifier) -> np.ndarray:
     "Scores of a classifier, each from a fit to other units."
     scores, fold = np.full(study.n, np.nan), folds(study.cluster, True, 5, 0)
     for k in np.unique(fold):
-        model = copy.deepcopy(classifier).fit(study.x[fold != k], study.treat[fold != k])
-        scores[fold == k] = model.predict_proba(study.x[fold == k])[:, 1]
-    if not ((scores > 0) & (scores < 1)).all():
-        raise EstimationError(f"{type(classifier).__name__} gives {counted(int(((scores <= 0) | (scores >= 1)).sum()), 'unit')} a score of 0 or 1: no weight can stand for them. A smoother classifier helps "
-                              "(larger leaves, a penalty, calibration).")
+        x, z = study.x[fold != k], study.treat[fold != k]
+        if z.all() or not z.any():
+            raise EstimationError(f"A classifier is fitted to four fifths of the units at a time, and with {study.n_treated.sum():,} treated and "
+                                  f"{study.n_controls.sum():,} controls one such part lacks an arm. Choose a model by name.")
+        scores[fold == k] = copy.deepcopy(classifier).fit(x, z).predict_proba(study.x[fold == k])[:, 1]
+    certain = int((~((scores > 0) & (scores < 1))).sum())
+    if certain:
+        raise EstimationError(f"{type(classifier).__name__} gives {counted(certain, 'unit')} a score of 0 or 1: no weight can stand for them. A "
+                              "smoother classifier helps (larger leaves, a penalty, calibration).")
     return scores
 
 
 def propensity_scores(study: Study, model="random intercept", *, penalty: float = 0.0, slopes=None, nodes: int | None = None) -> Propensity:
     """Each unit's chance of being treated.
 
-    model : "none", "fixed", "random intercept" (default), "random coefficients", "stratified"; a classifier with fit and predict_proba, cross-fitted in five folds within clusters; or scores, one for each row of the data.
-    penalty : κ ≥ 0, on levels ("fixed") or slopes ("stratified"). slopes : names of the covariates with random coefficients (default: all that vary within clusters). nodes : of the quadrature for random intercepts
-    (default 25; 1 is Laplace's approximation). Sampling weights count in the likelihood of every model.
-    Raises `EstimationError` for separation, with the covariates, and if no cluster has both arms; warns if a fit does not converge.
+    model : "none", "fixed", "random intercept" (default), "random coefficients", "stratified"; a classifier with fit and
+    predict_proba, cross-fitted in five folds within clusters; or scores, one for each row of the data. penalty : κ ≥ 0, on levels
+    ("fixed") or slopes ("stratified"). slopes : names of the covariates with random coefficients (default: all that vary within
+    clusters). nodes : of the quadrature for random intercepts (default 25; 1 is Laplace's approximation). Sampling weights count in
+    the likelihood of the five models; a classifier does not see them.
+    Raises `InputError` for surveys, unknown models and options that the model does not have; `EstimationError` for separation, with
+    the covariates, and if no cluster has both arms. Warns if a fit does not converge.
     Source: Ben-Michael, Feller & Keele (2026), section 4.1."""
     if not isinstance(study, Study) or study.level == "survey":
-        raise InputError("Propensity scores are for a Study of treated and untreated units" + ("; for a survey's response use balancing_weights or hierarchical_weights." if isinstance(study, Study) else "."))
+        instead = "; for a survey's response use balancing_weights or hierarchical_weights." if isinstance(study, Study) else "."
+        raise InputError(f"Propensity scores are for a Study of treated and untreated units{instead}")
+    if isinstance(model, type):
+        raise InputError(f"model={model.__name__} is a class: give one made from it, {model.__name__}().")
     if not (isinstance(penalty, Real) and np.isfinite(penalty) and penalty >= 0):
         raise InputError(f"penalty={penalty!r} must be a number, 0 or more.")
     reason = np.full(study.n, "", dtype=object)
@@ -198,9 +228,9 @@ def propensity_scores(study: Study, model="random intercept", *, penalty: float 
         return Propensity(study, _given_scores(study, model), reason, "given")
     if model not in _MODELS:
         raise InputError(f"Unknown model {model!r}." + nearest(model, _MODELS))
-    used = {"fixed": ("penalty",), "stratified": ("penalty",), "random intercept": ("nodes",), "random coefficients": ("slopes",)}.get(model, ())
-    for option, value, default in (("penalty", penalty, 0.0), ("slopes", slopes, None), ("nodes", nodes, None)):
-        if option not in used and value is not default and value != default:
+    own = {"fixed": "penalty", "stratified": "penalty", "random intercept": "nodes", "random coefficients": "slopes"}.get(model)
+    for option, given in (("penalty", penalty != 0), ("slopes", slopes is not None), ("nodes", nodes is not None)):
+        if given and option != own:
             raise InputError(f"model={model!r} has no {option}.")
     return _fitted(study, model, reason, penalty, slopes, nodes)
 
@@ -211,12 +241,18 @@ def _fitted(study: Study, model: str, reason: np.ndarray, penalty: float, slopes
     if model == "none":
         return Propensity(study, fit_levels(x, z, np.array([0, study.n]), weights=s, names=names), reason, model)
     varying = [name for name in names if name not in study.constant_within]
-    own = s if np.ptp(s) > 0 else None
+    own = s if np.ptp(s) > 0 else None                                     # equal sampling weights are none
     if model == "random intercept":
         fit = fit_logistic_mixed(x, z, study.starts, nodes=nodes, weights=own, names=names)
         return Propensity(study, fit.fitted, reason, model, fit)
     if model == "random coefficients":
-        fit = fit_logistic_mixed(x, z, study.starts, slopes=varying if slopes is None else slopes, off_boundary=True, weights=own, names=names)
+        if not varying:
+            raise InputError("No covariate varies within clusters, so no coefficient can differ between them: use model='random intercept'.")
+        slopes = varying if slopes is None else [slopes] if isinstance(slopes, str) else list(slopes)
+        double = [name for name in slopes if name in study.names and name not in names]
+        if double:
+            raise InputError(f"slopes: {listed(double)} only repeats what other covariates say. Leave it out.")
+        fit = fit_logistic_mixed(x, z, study.starts, slopes=slopes, off_boundary=True, weights=own, names=names)
         return Propensity(study, fit.fitted, reason, model, fit)
     if model == "stratified" or penalty == 0:
         reason = _one_armed(study, np.ones(study.n, dtype=bool))
@@ -228,7 +264,8 @@ def _fitted(study: Study, model: str, reason: np.ndarray, penalty: float, slopes
     scores[rows] = fit(x[rows][:, columns], z[rows], part.starts, weights=s[rows], penalty=penalty, **more)
     reason[rows] = np.where(np.isnan(scores[rows]), "no finite model in cluster", "")
     if (reason != "").all():
-        raise EstimationError("No cluster has a finite model of its own: there are too many covariates for clusters of this size. A penalty keeps them finite: penalty=1.")
+        raise EstimationError("No cluster has a finite model of its own: there are too many covariates for clusters of this size. A penalty keeps "
+                              "them finite: penalty=1.")
     return Propensity(study, scores, reason, model)
 
 
@@ -249,8 +286,9 @@ def _share(value, name: str) -> float | None:
 
 def _trimmed(scores: np.ndarray, reason: np.ndarray, estimand: str, trim: float) -> np.ndarray:
     "The reasons, with units whose scores are too extreme for the estimand."
-    far = (scores > 1 - trim) & (estimand != "ATC") | (scores < trim) & (estimand != "ATT")
-    return np.where((reason == "") & far, f"propensity score beyond {trim:g}", reason).astype(object)
+    high, low = (scores > 1 - trim) & (estimand != "ATC"), (scores < trim) & (estimand != "ATT")
+    why = np.where(high, f"propensity score above {1 - trim:g}", f"propensity score below {trim:g}")
+    return np.where((reason == "") & (high | low), why, reason).astype(object)
 
 
 def _normalised(study: Study, raw: np.ndarray, kept: np.ndarray, estimand: str, normalize: str | None) -> np.ndarray:
@@ -267,7 +305,8 @@ def _normalised(study: Study, raw: np.ndarray, kept: np.ndarray, estimand: str, 
             goal = overlap * (s[arm].sum() / overlap.sum())
         else:
             goal = cluster_sums(np.where(group_mask(study, target), s, 0.0), starts)
-        out = np.where(arm, out * np.repeat(np.divide(goal, own, out=np.zeros_like(goal), where=own > 0), np.diff(starts)), out)
+        ratio = np.divide(goal, own, out=np.zeros_like(goal), where=own > 0)
+        out = np.where(arm, out * np.repeat(ratio, np.diff(starts)), out)
     return out
 
 
@@ -284,14 +323,18 @@ def _knows(params: Mapping) -> str:
 
 
 @method("ipw", _label, outcome_model=_knows, estimands=("ATT", "ATC", "ATE", "ATO"), levels=("unit",), source=f"{FRAMEWORK_PAPER}, section 4.1.")
-def ipw_weights(study: Study, model="random intercept", *, estimand: str | None = None, normalize: str | None = "overall", trim: float | None = None, truncate: float | None = None,
-                penalty: float = 0.0, slopes=None, nodes: int | None = None) -> Weights:
+def ipw_weights(study: Study, model="random intercept", *, estimand: str | None = None, normalize: str | None = "overall", trim: float | None = None,
+                truncate: float | None = None, penalty: float = 0.0, slopes=None, nodes: int | None = None) -> Weights:
     """Units weighted by the inverse of their propensity score.
 
-    model, penalty, slopes, nodes : as in `propensity_scores`. estimand : "ATT" (default), "ATC", "ATE" or "ATO" (overlap weights). normalize : "overall" (default; each arm's weights add up to its target's total; for
-    the ATO to its own), "cluster" (in each cluster; clusters without an arm are left out) or None. trim : leave out units with scores above 1 − trim (ATT), below trim (ATC) or both; the target shrinks with them.
-    truncate : replace scores beyond these by truncate or 1 − truncate. Balance is whatever the model achieves: look at `balance()`.
-    Raises `EstimationError` for separation and if no cluster has both arms. Source: Ben-Michael, Feller & Keele (2026), section 4.1; Li, Morgan & Zaslavsky (2018) for the ATO."""
+    model, penalty, slopes, nodes : as in `propensity_scores`. estimand : "ATT" (default), "ATC", "ATE" or "ATO" (overlap weights).
+    normalize : "overall" (default; each arm's weights add up to its target's total; for the ATO to its own), "cluster" (in each
+    cluster; clusters without an arm are left out) or None. trim : leave out units with scores above 1 − trim (ATT), below trim
+    (ATC) or both (ATE, ATO); the target shrinks with them. truncate : replace scores below truncate by it, and those above
+    1 − truncate by that. Both are probabilities below 0.5 (default: neither). Balance is whatever the model achieves: look at
+    `balance()`.
+    Raises `InputError` for options out of range, `EstimationError` for separation and if no cluster has both arms.
+    Source: Ben-Michael, Feller & Keele (2026), section 4.1; Li, Morgan & Zaslavsky (2018) for the ATO."""
     if normalize not in ("overall", "cluster", None):
         raise InputError(f"Unknown normalize {normalize!r}." + nearest(normalize, ["overall", "cluster"]))
     trim, truncate = _share(trim, "trim"), _share(truncate, "truncate")
@@ -303,7 +346,10 @@ def ipw_weights(study: Study, model="random intercept", *, estimand: str | None 
     for name in ("treated", "controls"):
         if not (kept & group_mask(study, name)).any():
             raise EstimationError(f"No {name} are left after leaving out units: choose a smaller trim, or another model.")
-    scores = np.where(kept, found.scores, 0.5) if truncate is None else np.clip(np.where(kept, found.scores, 0.5), truncate, 1 - truncate)
-    weights = _normalised(study, score_weights(scores, study.treat, study.sampling_weights, estimand), kept, estimand, normalize)
-    params = {"model": model, "estimand": estimand, "normalize": normalize, "trim": trim, "truncate": truncate, "penalty": penalty, "slopes": slopes, "nodes": nodes}
-    return Weights(study, "ipw", estimand, params, weights, reason, {})
+    scores = np.where(kept, found.scores, 0.5)                                     # any number where no weight will be
+    if truncate is not None:
+        scores = np.clip(scores, truncate, 1 - truncate)
+    raw = score_weights(scores, study.treat, study.sampling_weights, estimand)
+    params = {"model": model, "estimand": estimand, "normalize": normalize, "trim": trim, "truncate": truncate, "penalty": penalty,
+              "slopes": slopes, "nodes": nodes}
+    return Weights(study, "ipw", estimand, params, _normalised(study, raw, kept, estimand, normalize), reason, {})

@@ -27,9 +27,12 @@ __all__ = ['TiltedMean', 'Sensitivity', 'sensitivity_analysis']
 # %% ../nbs/18_sensitivity.ipynb #015f8bda
 @dataclass(frozen=True)
 class TiltedMean:
-    """The means that weights can have when each may be multiplied by a factor between 1/Λ and Λ, for all Λ. `TiltedMean.of(y, weights)` makes it.
+    """The means that outcomes can have when each weight may be multiplied by a factor between 1/Λ and Λ, for all Λ.
+    `TiltedMean.of(y, weights)` makes it.
 
-    y : (m,) sorted outcomes of the units with weight, minus `centre`. a, w : (m + 1,) sums of weight · y and weight over the first 0, 1, … of them. squares : (m,) the Λ² at which the bound passes each."""
+    centre : the weighted mean. y : (m,) sorted outcomes of the units with weight, minus `centre`. a, w : (m + 1,) sums of weight · y
+    and weight over the first 0, 1, … of them. squares : (m,) the Λ² at which the bound passes each.
+    Source: Zhao, Small & Bhattacharya (2019)."""
     centre: float
     y: np.ndarray
     a: np.ndarray
@@ -50,7 +53,7 @@ class TiltedMean:
         return cls(centre, y, a, w, np.maximum.accumulate(squares))
 
     def at(self, log_lam) -> np.ndarray:
-        "The largest mean for Λ = exp(log_lam) if log_lam ≥ 0, the smallest for Λ = exp(−log_lam) if it is negative; of one number or an array."
+        "The largest mean for Λ = exp(log_lam) if log_lam ≥ 0, the smallest for Λ = exp(−log_lam) if it is negative; numbers or arrays."
         ratio = np.exp(2 * np.clip(np.asarray(log_lam, dtype=float), -300, 300))
         k = np.searchsorted(self.squares, ratio, side="right")
         return self.centre + (self.a[k] + ratio * (self.a[-1] - self.a[k])) / (self.w[k] + ratio * (self.w[-1] - self.w[k]))
@@ -58,6 +61,8 @@ class TiltedMean:
     def reaching(self, value: float) -> float:
         "The log_lam at which `at` is the value; infinite where no factors reach it."
         v = value - self.centre
+        if abs(v) <= 1e-14 * (abs(self.centre) + np.abs(self.y).max()):              # there already, even if all outcomes are alike
+            return 0.0
         k = int(np.searchsorted(self.y, v, side="right"))
         below, above = v * self.w[k] - self.a[k], (self.a[-1] - self.a[k]) - v * (self.w[-1] - self.w[k])
         if below <= 0 or above <= 0:
@@ -75,7 +80,9 @@ class _Effect:
     def at(self, log_lam):
         "Lower bound for log_lam ≥ 0, upper bound for Λ = exp(−log_lam) if it is negative."
         log_lam = np.asarray(log_lam, dtype=float)
-        return (self.treated.at(-log_lam) if "treated" in self.moves else self.treated.centre) - (self.controls.at(log_lam) if "controls" in self.moves else self.controls.centre)
+        treated = self.treated.at(-log_lam) if "treated" in self.moves else self.treated.centre
+        controls = self.controls.at(log_lam) if "controls" in self.moves else self.controls.centre
+        return treated - controls
 
     def reaching(self, value: float) -> float:
         "The log factor at which the effect is the value; infinite where no factors reach it."
@@ -97,14 +104,15 @@ def _effect(weights: Weights, y: np.ndarray, by: str) -> _Effect:
         w, values = weights.in_order[mask], y[mask]
         if by == "clusters":
             block = weights.study.cluster[mask]
-            total = np.bincount(block, w)
-            w, values = total[total > 0], (np.bincount(block, w * values) / np.where(total > 0, total, 1.0))[total > 0]
+            total, sums = np.bincount(block, w), np.bincount(block, w * values)
+            w, values = total[total > 0], sums[total > 0] / total[total > 0]
         arms[arm] = TiltedMean.of(values, w)
     return _Effect(arms["treated"], arms["controls"], tuple(WEIGHTED_ARMS[weights.estimand]))
 
 
 def _tilted(study: Study, recipe: Weights, outcome, by: str, log_lams: np.ndarray, null: float) -> np.ndarray:
-    "On a study drawn: lower bounds, upper bounds, and a number between −1 and 1 that stands for the factor at which the effect is null, which may be infinite."
+    """On a study drawn: lower bounds, upper bounds, and a number between −1 and 1 that stands for the log factor at which the effect
+    is null, which may be infinite."""
     effect = _effect(recipe.refit(study), study.outcomes[outcome], by)
     return np.concatenate([effect.at(log_lams), effect.at(-log_lams), [np.tanh(effect.reaching(null) / 2)]])
 
@@ -124,15 +132,17 @@ def _slopes(weights: Weights, y: np.ndarray, arm: str) -> np.ndarray:
     study, rows = weights.study, group_mask(weights.study, arm) & (weights.reason == "")
     _, sizes = np.unique(study.cluster[rows], return_counts=True)
     within = METHODS[weights.method].knows(weights.params).endswith("clusters")
-    return fit_linear(study.x[rows], y[rows], np.r_[0, np.cumsum(sizes)] if within else None, weights=study.sampling_weights[rows]).slopes
+    starts = np.r_[0, np.cumsum(sizes)] if within else None
+    return fit_linear(study.x[rows], y[rows], starts, weights=study.sampling_weights[rows]).slopes
 
 # %% ../nbs/18_sensitivity.ipynb #b010d555
 @dataclass(frozen=True, eq=False, repr=False)
 class Sensitivity:
     """Bounds on an effect under hidden confounding. `sensitivity_analysis` makes it.
 
-    weights, outcome : whose; the weights without solutions, the outcome by its name in their study. estimate : with nothing hidden. null : the value that matters. by : who has a factor of their own, "units" or "clusters". lams : (L,) the Λ at which
-    intervals were computed. draws : the bootstrap's, or None."""
+    weights, outcome : whose; the weights without solutions, the outcome by its name in their study. estimate : with nothing hidden.
+    null : the value that matters. by : who has a factor of their own, "units" or "clusters". lams : (L,) the Λ at which intervals
+    were computed. draws : the bootstrap's, or None."""
     weights: Weights
     outcome: Hashable
     estimate: float
@@ -181,17 +191,24 @@ class Sensitivity:
         return frame
 
     def lam_of_bias(self, bias) -> np.ndarray:
-        "The Λ at which the bounds have moved by `bias` ≥ 0 towards the null."
-        return np.array([np.exp(abs(self._curve.reaching(self.estimate - self._side * b))) for b in np.atleast_1d(np.asarray(bias, dtype=float))])
+        "(B,) the Λ at which the bounds have moved by `bias` towards the null; bias : (B,) or a number, each 0 or more."
+        size = np.atleast_1d(_numbers(bias, f"bias={bias!r} must be 0 or more: how far the bounds move towards the null."))
+        curve = self._curve
+        return np.array([np.exp(abs(curve.reaching(self.estimate - self._side * b))) for b in size])
 
     def amplify(self, lam: float | None = None, imbalance: Sequence[float] = (0.05, 0.1, 0.2, 0.5, 1.0)) -> pd.DataFrame:
-        """How strong a hidden covariate must be to cause the largest bias that `lam` allows (default: the bias that reaches the null), for each imbalance.
+        """How strong a hidden covariate must be to cause the largest bias that `lam` allows (default: the bias that reaches the null),
+        for each imbalance.
 
-        imbalance : in standard deviations, after weighting. Columns: imbalance, strength (outcome per standard deviation of the covariate), strength_sd (the same in standard deviations of the outcome).
+        lam : a number of at least 1. imbalance : (B,) in standard deviations, after weighting. Columns: imbalance, strength (outcome
+        per standard deviation of the covariate), strength_sd (the same in standard deviations of the outcome).
         Source: Soriano et al. (2023), section 4."""
-        size = np.asarray(imbalance, dtype=float)
-        if not (size.ndim == 1 and np.isfinite(size).all() and (size > 0).all()):
-            raise InputError("imbalance must be positive numbers, in standard deviations.")
+        message = "imbalance must be positive numbers, in standard deviations."
+        size = _numbers(imbalance, message)
+        if not (size.ndim == 1 and (size > 0).all()):
+            raise InputError(message)
+        if lam is not None and np.ndim(lam) > 0:
+            raise InputError(f"lam={lam!r} must be one number: amplify() takes one Λ at a time.")
         bias = abs(self.estimate - (self.null if lam is None else self.bounds(lam)[0 if self._side > 0 else 1]))
         y = self.weights.study.outcomes[self.outcome]
         return pd.DataFrame({"imbalance": size, "strength": bias / size, "strength_sd": bias / size / y.std()})
@@ -199,69 +216,83 @@ class Sensitivity:
     def benchmark(self) -> Table:
         """Each covariate left out and the weights fitted without it, one row each, the largest Λ first.
 
-        Columns: level ("unit", or "cluster" if it does not vary within clusters), imbalance (of the covariate, after weighting without it; of several columns, of what they say of the outcome), strength (of the outcome, for one standard deviation), bias (their
-        product, as an error of the effect), lam (at which the bounds have moved by as much towards the null), change (of the estimate when it is left out).
-        For the ATT and ATC of a study with two covariates or more."""
+        Columns: level ("unit", or "cluster" if it does not vary within clusters), imbalance (of the covariate, after weighting without
+        it; of several columns, of what they say of the outcome), strength (of the outcome, for one standard deviation), bias (their
+        product, as an error of the effect), lam (at which the bounds have moved by as much towards the null), change (of the estimate
+        when it is left out). lam counts the size of the bias, whatever its sign.
+        Raises `InputError` unless this is the ATT or ATC of a study with two covariates or more, whose weights can be fitted anew."""
         w, study, y = self.weights, self.weights.study, self.weights.study.outcomes[self.outcome]
-        if w.estimand == "ATE" or len(study.terms) < 2:
-            raise InputError("benchmark() is for the ATT and the ATC, in which one arm is weighted." if w.estimand == "ATE" else
-                             "benchmark() leaves covariates out one by one, and there is only one.")
+        if w.estimand == "ATE":
+            raise InputError("benchmark() is for the ATT and the ATC, in which one arm is weighted.")
+        if len(study.terms) < 2:
+            raise InputError("benchmark() leaves covariates out one by one, and there is only one.")
+        model = w.params.get("model")
+        if not (model is None or isinstance(model, str) or hasattr(model, "predict_proba")):
+            raise InputError("benchmark() fits weights without a covariate, and these rest on scores that were given.")
         [arm] = WEIGHTED_ARMS[w.estimand]
         slopes, rows = _slopes(w, y, arm), {}
         for term, columns in study.terms.items():
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ClusterWeightsWarning)           # that is what leaving out does
-                other = w.refit(_without(study, term))
+            other = _refit_without(w, term)
             part = study.x[:, list(columns)] @ slopes[list(columns)]
             strength = float(np.sqrt(np.cov(part, aweights=study.sampling_weights, ddof=0)))
             error = float(other.gaps[arm] @ part) * (-1 if arm == "controls" else 1)
-            rows[term] = {"level": "cluster" if {study.names[j] for j in columns} <= set(study.constant_within) else "unit", "imbalance": abs(error) / strength if strength > 0 else 0.0,
-                          "strength": strength, "bias": error, "lam": self.lam_of_bias(abs(error))[0], "change": point_estimate(other, y) - self.estimate}
+            rows[term] = {"level": "cluster" if {study.names[j] for j in columns} <= set(study.constant_within) else "unit",
+                          "imbalance": abs(error) / strength if strength > 0 else 0.0, "strength": strength, "bias": error,
+                          "lam": self.lam_of_bias(abs(error))[0], "change": point_estimate(other, y) - self.estimate}
         frame = pd.DataFrame(rows).T.infer_objects().sort_values("lam", ascending=False, kind="stable")
         places = f"z.{decimals(frame['bias'].abs().max())}f"
-        return Table(frame, title="Covariates left out one by one", formats={"imbalance": ".2f", "strength": ".3f", "bias": places, "lam": ".3f", "change": places},
-                     notes=[f"lam: the bounds move by the bias towards {self.null:g}. {self.null:g} itself is reached at {self.lam_null:.3f}."])
+        formats = {"imbalance": ".2f", "strength": ".3f", "bias": places, "lam": ".3f", "change": places}
+        note = f"lam: at which the bounds move by the bias towards {self.null:g}. They reach {self.null:g} itself at {self.lam_null:.3f}."
+        return Table(frame, title="Covariates left out one by one", formats=formats, notes=[note])
 
     def sentence(self, level: float = 0.95) -> str:
         "What was found, as one would write it."
         places = f"z.{decimals(self.estimate - self.null) if self.estimate != self.null else 3}f"
         who = {"ATT": "controls", "ATC": "treated units", "ATE": "units"}[self.weights.estimand]
         what = f"the weights of {'clusters of ' if self.by == 'clusters' else ''}{who}"
-        words = (f"The estimate is {self.estimate:{places}}. " + (f"Its bounds reach {self.null:g} if something unmeasured makes {what} wrong by a factor of {self.lam_null:.2f} (Λ) at most, in the least favourable way" if np.isfinite(self.lam_null) else
-                 f"No factors on {what} bring it to {self.null:g}"))
+        words = f"The estimate is {self.estimate:{places}}. "
+        if np.isfinite(self.lam_null):
+            words += (f"Its bounds reach {self.null:g} if something unmeasured makes {what} wrong by factors of up to {self.lam_null:.2f} (Λ), "
+                      "in the least favourable way")
+        else:
+            words += f"No factors on {what} bring it to {self.null:g}"
         if self.draws is None:
             return words + "."
         at = self.lam_null_interval(level)
-        return words + (f"; the {100 * level:g}% interval holds {self.null:g} even if nothing is hidden." if at == 1 else f"; the {100 * level:g}% interval reaches {self.null:g} at Λ = {at:.2f}.")
+        rest = f"holds {self.null:g} even if nothing is hidden" if at == 1 else f"reaches {self.null:g} at Λ = {at:.2f}"
+        return words + f"; the {100 * level:g}% interval {rest}."
 
     def summary(self, level: float = 0.95) -> Table:
-        "The bounds, with the sentence below."
+        "The bounds by Λ, with `sentence` as a note."
         frame = self.table(level).set_index("lam").rename_axis("Λ")
         width = float((frame["high"] - frame["low"]).iloc[-1]) or 1.0
         notes = [self.sentence(level)]
         if self.draws is not None:
-            notes.append(f"conf_low, conf_high: {100 * level:g}% percentile interval, {len(self.draws.draws):,} draws of clusters, weights fitted in each.")
+            notes.append(f"conf_low, conf_high: {100 * level:g}% percentile interval, {len(self.draws.draws):,} draws of clusters, weights fitted in "
+                         "each.")
         frame.index = [f"{v:g}" for v in frame.index]
-        return Table(frame.rename_axis("Λ"), title=f"{self.weights.label}: bounds on the {self.weights.estimand} by Λ", notes=notes, formats=dict.fromkeys(frame, f"z.{decimals(width) + 1}f"))
+        title = f"{self.weights.label}: bounds on the {self.weights.estimand} by Λ"
+        return Table(frame.rename_axis("Λ"), title=title, notes=notes, formats=dict.fromkeys(frame, f"z.{decimals(width) + 1}f"))
 
     def plot(self, ax=None, level: float = 0.95):
-        "Bounds (lines) and, if there is a bootstrap, their intervals (dashed) over Λ; a dot where the bounds meet the null. Returns the Axes."
+        """Bounds (lines) and, if there is a bootstrap, their intervals (dashed) over Λ; a dot where the bounds meet the null. ax : where
+        to draw (default: a new figure). Returns the Axes."""
         if ax is None:
             import matplotlib.pyplot as plt
             _, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
         fine = np.geomspace(1, self.lams.max(), 200)
         low, high = self.bounds(fine)
         ax.fill_between(fine, low, high, color="0.85", linewidth=0)
-        for k, bound in enumerate((low, high)):
-            ax.plot(fine, bound, color="black", label=None if k else "bounds on the effect")
+        for bound, label in ((low, "bounds on the effect"), (high, None)):
+            ax.plot(fine, bound, color="black", label=label)
         if self.draws is not None:
             frame = self.table(level)
-            for k, name in enumerate(("conf_low", "conf_high")):
-                ax.plot(frame["lam"], frame[name], color="black", linestyle="--", linewidth=1, marker=".", label=None if k else f"{100 * level:g}% interval of the bounds")
+            for name, label in (("conf_low", f"{100 * level:g}% interval of the bounds"), ("conf_high", None)):
+                ax.plot(frame["lam"], frame[name], color="black", linestyle="--", linewidth=1, marker=".", label=label)
         ax.axhline(self.null, color="grey", linewidth=1)
         if self.lam_null <= self.lams.max():
             ax.plot(self.lam_null, self.null, "o", color="black", markersize=7, label=f"bounds reach {self.null:g} at Λ = {self.lam_null:.2f}")
-        ax.set(xlabel="Λ: factor by which weights may be wrong", ylabel=f"effect ({self.weights.estimand})", xscale="log")
+        ax.set(xlabel="Λ: factor by which weights may be wrong", ylabel=f"{self.weights.estimand}, in units of the outcome", xscale="log")
         ticks = [self.lams.max()]
         for v in self.lams[::-1]:
             ticks += [v] if np.log(ticks[-1] / v) > 0.06 * np.log(self.lams.max()) else []         # labels need room
@@ -279,28 +310,51 @@ class Sensitivity:
     def _shown(self) -> tuple: return () if self.draws is None else self.draws._shown()
 
 
+def _refit_without(weights: Weights, term) -> Weights:
+    "The weights fitted without a covariate; an `InputError` if its name is in their options."
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ClusterWeightsWarning)                   # poorer weights are what leaving out makes
+        try:
+            return weights.refit(_without(weights.study, term))
+        except InputError as error:
+            raise InputError(f"benchmark() cannot fit the weights without {term!r}: {error}") from None
+
+
+def _numbers(values, message: str, least: float = 0.0) -> np.ndarray:
+    "One or more finite numbers from `least`, as an array; else an `InputError` with the message."
+    try:
+        found = np.asarray(values, dtype=float)
+    except (TypeError, ValueError):
+        found = np.array(np.nan)
+    if not (found.size and np.isfinite(found).all() and (found >= least).all()):
+        raise InputError(message)
+    return found
+
+
 def _checked_lams(lams) -> np.ndarray:
     "Numbers from 1, as an array."
-    try:
-        values = np.asarray(lams, dtype=float)
-    except (TypeError, ValueError):
-        values = np.array(np.nan)
-    if not (values.size and np.isfinite(values).all() and (values >= 1).all()):
-        raise InputError(f"Λ must be one or more numbers from 1 (nothing hidden) upwards, not {lams!r}.")
-    return values
+    return _numbers(lams, f"Λ must be one or more numbers from 1 (nothing hidden) upwards, not {lams!r}.", least=1.0)
 
 # %% ../nbs/18_sensitivity.ipynb #c33a832f
-def sensitivity_analysis(weights: Weights, outcome=None, *, lams: Sequence[float] = (1, 1.05, 1.1, 1.2, 1.3, 1.5, 2, 3), null: float = 0.0, by: str = "auto", replicates: int = 999,
-                         seed: int | np.random.Generator = 0, workers: int | None = None, progress: bool = True) -> Sensitivity:
-    """Bounds on the effect when each weight may be wrong by a factor between 1/Λ and Λ, with bootstrap intervals, and the Λ at which the conclusion falls.
+def sensitivity_analysis(weights: Weights, outcome=None, *, lams: Sequence[float] = (1, 1.05, 1.1, 1.2, 1.3, 1.5, 2, 3), null: float = 0.0,
+                         by: str = "auto", replicates: int = 999, seed: int | np.random.Generator = 0, workers: int | None = None,
+                         progress: bool = True) -> Sensitivity:
+    """Bounds on the effect when each weight may be wrong by a factor between 1/Λ and Λ, with bootstrap intervals, and the Λ at which
+    the conclusion falls.
 
-    outcome : as in `Weights.estimate`. lams : for which to compute intervals; bounds exist for all. null : the value of the effect that the conclusion excludes. by : who has a factor of its own, "units", "clusters", or "auto": clusters where
-    whole clusters were treated. replicates : of a bootstrap over clusters, with weights fitted anew (0: no intervals); seed, workers, progress : as in `bootstrap`.
-    In an arm that is its own target (the treated, for the ATT) nothing is multiplied. Units with weight 0 keep it.
-    Raises `InputError` for surveys, the ATO and targets from outside. Source: Zhao, Small & Bhattacharya (2019); Soriano et al. (2023)."""
-    if weights.study.level == "survey" or weights.estimand == "ATO" or weights.outside is not None:
-        raise InputError("Bounds are for the ATT, ATC and ATE of the study's own units: "
-                         + ("this is a survey." if weights.study.level == "survey" else "this target comes from outside." if weights.outside is not None else "the ATO's target depends on the weights that are in doubt."))
+    outcome : as in `Weights.estimate`. lams : (L,) for which to compute intervals; bounds exist for all Λ. null : the value of the
+    effect that the conclusion excludes. by : who has a factor of its own, "units", "clusters", or "auto" (default): clusters where
+    whole clusters were treated. replicates : of a bootstrap over clusters, with weights fitted anew (0: no intervals); seed, workers,
+    progress : as in `bootstrap`. In an arm that is its own target (the treated, for the ATT) nothing is multiplied. Units with
+    weight 0 keep it.
+    Raises `InputError` for surveys, the ATO, targets from outside and options out of range.
+    Source: Zhao, Small & Bhattacharya (2019); Soriano et al. (2023)."""
+    if not isinstance(weights, Weights):
+        raise InputError(f"sensitivity_analysis takes Weights, not {type(weights).__name__}: sensitivity_analysis(hierarchical_weights(study)).")
+    why = ("this is a survey" if weights.study.level == "survey" else "this target comes from outside" if weights.outside is not None
+           else "the ATO's target depends on the weights that are in doubt" if weights.estimand == "ATO" else "")
+    if why:
+        raise InputError(f"Bounds are for the ATT, ATC and ATE of the study's own units: {why}.")
     if by not in ("auto", "units", "clusters"):
         raise InputError(f"Unknown by={by!r}." + nearest(by, ["auto", "units", "clusters"]))
     if not (isinstance(null, Real) and np.isfinite(null)):

@@ -15,7 +15,7 @@ from clusterweights import (ClusterWeightsWarning, EstimationError, InputError, 
 from clusterweights.by_cluster import effect_kurtosis, pool_effects, robust_critical_value, robust_half, worst_miss
 
 pytestmark = pytest.mark.filterwarnings("ignore::clusterweights.core.ClusterWeightsWarning")
-DATA = schools(n_schools=9, size=18, seed=4).assign(people=lambda d: 1 + np.arange(len(d)) % 3)
+DATA = schools(n_schools=9, size=18, seed=4).assign(people=lambda d: 1 + np.arange(len(d)) // 2 % 3)
 ROLES = {"treat": "late", "cluster": "school", "covs": ["age", "income"], "outcome": "score"}
 
 
@@ -67,6 +67,7 @@ def test_effect_and_error_by_hand():
     g = frame[frame["cluster"] == 3]
     one, zero = g[g["treated"].astype(bool)], g[~g["treated"].astype(bool)]
     assert_allclose(found.table.loc[3, "effect"], np.average(one["score"], weights=one["weight"]) - np.average(zero["score"], weights=zero["weight"]), rtol=1e-12)
+    assert found.table["ess_treated"].max() < found.table["treated"].min()
     inverse = sum((v["weight"] ** 2).sum() / v["weight"].sum() ** 2 for v in (one, zero))
     assert_allclose(found.table.loc[3, "std_error"], np.sqrt(found.variance * inverse), rtol=1e-12)
 
@@ -193,6 +194,43 @@ def test_no_distribution_misses_more_often():
         assert p @ (norm.cdf(-chi - b) + norm.cdf(-chi + b)) <= worst_miss(m2, p @ t**2 / m2**2, chi) + 1e-9
 
 
+def test_standard_errors_of_the_mean_are_never_below_those_of_known_spread():
+    w = hierarchical_weights(study(), 1.0)
+    found = cluster_effects(w, study().to_rows(np.random.default_rng(1).normal(size=study().n)))
+    p = found.pooled
+    ratio = ((p.effects - p.fitted) ** 2 / (p.variances + p.tau2)).sum() / p.df
+    assert p.tau2 == 0 and ratio < 0.9                                          # less spread than noise alone would make
+    assert_allclose(found.coefficients()["std_error"], (1 / p.variances).sum() ** -0.5)
+
+
+def test_units_of_covariates_do_not_matter():
+    rng = np.random.default_rng(5)
+    x, V = rng.normal(size=(25, 2)), rng.uniform(0.1, 0.4, 25)
+    effects = 1 + x @ [0.5, -0.2] + rng.normal(size=25) * np.sqrt(V)
+    a, b = pool_effects(effects, V, x), pool_effects(effects, V, 1e6 + 1e-2 * x)
+    assert_allclose(a.shrunken, b.shrunken, rtol=1e-7)
+    assert_allclose(a.coef[1:], 1e-2 * b.coef[1:], rtol=1e-6)
+    full = np.column_stack([np.ones(25), x])                                             # generalised least squares, written out
+    cov = np.linalg.inv(full.T @ (full / (V + a.tau2)[:, None]))
+    assert_allclose(a.cov, cov, rtol=1e-9)
+    assert_allclose(a.coef, cov @ full.T @ (effects / (V + a.tau2)), rtol=1e-9)
+
+
+@pytest.mark.parametrize(("effects", "variances", "covariates", "message"), [
+    ([1, 2, np.nan, 4], np.ones(4), None, "must be finite"), ([1, 2, 3, 4], [1, 1, 0, 1], None, "variances positive"),
+    ([1, 2, 3, 4], np.ones(3), None, "do not fit together"), ([1, 2, 3, 4, 5], np.ones(5), np.arange(5), "do not fit together"),
+    (list("abcd"), np.ones(4), None, "must be numbers")])
+def test_effects_that_are_no_numbers_are_refused(effects, variances, covariates, message):
+    with pytest.raises(InputError, match=message):
+        pool_effects(effects, variances, covariates)
+
+
+def test_critical_values_out_of_range_are_refused():
+    for m2, kurtosis, level, message in ((0.0, 3, 0.95, "m2 must"), (np.nan, 3, 0.95, "m2 must"), (1.0, 0.5, 0.95, "m2 must"), (1.0, 3, 95, "level=95")):
+        with pytest.raises(InputError, match=message):
+            robust_critical_value(m2, kurtosis, level)
+
+
 def test_kinds_and_levels():
     found = cluster_effects(hierarchical_weights(study(), 1.0), kurtosis=3)
     width = {kind: (t["conf_high"] - t["conf_low"]).to_numpy() for kind in ("robust", "normal", "raw") for t in [found.tidy(kind=kind)]}
@@ -209,9 +247,13 @@ def test_kinds_and_levels():
 def test_refusals():
     w = hierarchical_weights(study(), 1.0)
     for options, words in (({"kurtosis": 0.5}, "from 1"), ({"covs": "wealth"}, "no column"), ({"covs": pd.DataFrame({"x": ["a"] * 9})}, "numbers"),
-                           ({"covs": pd.DataFrame({"x": [1.0]}, index=[0])}, "lacks"), ({"outcome": "points"}, "no outcome")):
+                           ({"covs": pd.DataFrame({"x": [1.0]}, index=[0])}, "lacks"), ({"outcome": "points"}, "no outcome"), ({"covs": []}, "covs is empty"),
+                           ({"covs": pd.Series(np.arange(9.0))}, "or a data frame"), ({"covs": np.arange(9.0)}, "or a data frame")):
         with pytest.raises(InputError, match=words):
             cluster_effects(w, **options)
+    with pytest.raises(InputError, match="takes Weights, not Study"):
+        cluster_effects(study())
+    assert cluster_effects(w, covs=("age", "income")).names == ("age", "income")
     with pytest.raises(EstimationError, match="constant or collinear"):
         cluster_effects(w, covs=pd.DataFrame({"x": np.ones(9)}))
     with pytest.raises(EstimationError, match="at least 3 clusters"):

@@ -395,6 +395,9 @@ def test_plots_show_what_they_say():
     positions = [ax.collections[i].get_offsets()[:, 0].mean() for i in (0, 2)]
     assert positions[0] > positions[1]
     assert cos_advice(s).plot(axes[2]) is axes[2]
+    by_unit = study(schools().assign(late=lambda f: (f["age"] > 0).astype(int)))
+    with pytest.raises(InputError, match="for whole clusters"):
+        cw.plot_clusters(cw.unadjusted_weights(by_unit))
     plt.close("all")
 
 
@@ -405,6 +408,15 @@ def test_the_outcome_model_knows_what_was_balanced():
     assert_allclose(cluster.estimate().std_error, cos_weights(only, "cluster", icc=0.1, lam=1.0).estimate().std_error, rtol=1e-10)
     assert unit.estimate().std_error < cluster.estimate().std_error
     assert "cluster covariates" in cluster.estimate().explain() and METHODS["cos"].knows({"cluster_means": True}) == "covariates and cluster means"
+
+
+def test_bounds_in_any_form_and_advice_without_outcome():
+    s = study()
+    assert_allclose(cos_weights(s, "cluster", icc=0.1, lam=1.0, bounds=np.array([0, np.inf])).weights, cos_weights(s, "cluster", icc=0.1, lam=1.0).weights)
+    with pytest.raises(InputError, match="cluster_bounds instead"):
+        cos_weights(s, "cluster", icc=0.1, lam=1.0, bounds=np.array([0, 5]))
+    with pytest.raises(InputError, match="residual variances of an outcome, and the study has none"):
+        cos_advice(study(outcome=None))
 
 
 def test_other_methods_still_say_who_can():

@@ -176,6 +176,24 @@ def test_what_is_refused(options, message):
         cw.ipw_weights(STUDY, **options)
 
 
+def test_trimmed_units_know_their_side():
+    with pytest.warns(cw.DroppedUnitsWarning):
+        w = cw.ipw_weights(STUDY, "none", estimand="ATE", trim=0.3)
+    e = cw.propensity_scores(STUDY, "none").scores
+    assert set(w.reason[e > 0.7]) == {"propensity score above 0.7"} and set(w.reason[e < 0.3]) == {"propensity score below 0.3"}
+
+
+def test_refusals_say_what_to_do():
+    with pytest.raises(cw.InputError, match=r"LogisticRegression is a class: give one made from it, LogisticRegression\(\)"):
+        cw.propensity_scores(STUDY, LogisticRegression)
+    first = np.flatnonzero(STUDY.treat)[0]
+    with pytest.raises(cw.EstimationError, match="with 1 treated and .* one such part lacks an arm"):
+        cw.propensity_scores(STUDY.restrict(~STUDY.treat | (np.arange(STUDY.n) == first)), LogisticRegression())
+    only = pd.DataFrame({"school": np.repeat(range(5), 8), "late": np.tile([0, 1], 20), "x": np.repeat([1.0, 2, 4, 3, 5], 8)})
+    with pytest.raises(cw.InputError, match="No covariate varies within clusters"):
+        cw.propensity_scores(cw.Study(only, treat="late", cluster="school", covs="x"), "random coefficients")
+
+
 def test_surveys_are_refused():
     frame = pd.DataFrame({"school": [1, 1, 2, 2], "x": [1.0, 2, 3, 4], "y": [1.0, np.nan, 2, 3]})
     with pytest.raises(cw.InputError, match="for a survey use"):

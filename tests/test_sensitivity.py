@@ -11,7 +11,7 @@ from helpers import pupils, schools
 from numpy.testing import assert_allclose
 from scipy.optimize import linprog
 
-from clusterweights import (DroppedUnitsWarning, InputError, OverlapWarning, Study, balancing_weights, hierarchical_weights,
+from clusterweights import (DroppedUnitsWarning, InputError, OverlapWarning, Study, balancing_weights, hierarchical_weights, ipw_weights,
                             sensitivity_analysis, unadjusted_weights)
 from clusterweights.sensitivity import TiltedMean
 
@@ -192,6 +192,31 @@ def test_cluster_covariates_and_factors():
     assert_allclose(within.loc["size", ["imbalance", "bias", "change"]].astype(float), 0, atol=1e-8)
     assert within.loc["size", "lam"] == pytest.approx(1, abs=1e-8)
     assert across.loc["age", "imbalance"] > 0.1
+
+
+def test_numbers_out_of_range_are_refused():
+    found = quick(hierarchical_weights(study(), 1.0))
+    for call, words in ((lambda: found.lam_of_bias(-0.1), "0 or more"), (lambda: found.lam_of_bias("a"), "0 or more"),
+                        (lambda: found.lam_of_bias(np.nan), "0 or more"), (lambda: found.amplify([1, 2]), "one number"),
+                        (lambda: found.amplify(2, ["a"]), "positive numbers"), (lambda: sensitivity_analysis(found.weights.study), "takes Weights")):
+        with pytest.raises(InputError, match=words):
+            call()
+
+
+def test_benchmark_of_weights_that_cannot_be_fitted_anew():
+    s = study()
+    given = sensitivity_analysis(ipw_weights(s, np.full(s.n, 0.4)), replicates=0)
+    with pytest.raises(InputError, match="scores that were given"):
+        given.benchmark()
+    slopes = sensitivity_analysis(ipw_weights(s, "random coefficients", slopes=["age"]), replicates=0)
+    with pytest.raises(InputError, match="cannot fit the weights without 'age'"):
+        slopes.benchmark()
+
+
+def test_an_estimate_at_the_null_needs_no_factor():
+    s = study()
+    found = sensitivity_analysis(hierarchical_weights(s, 1.0), np.full(s.n, 3.7), replicates=0)
+    assert found.lam_null == 1.0 and "reach 0" in found.sentence()
 
 
 def test_amplify():
