@@ -12,7 +12,7 @@ from numbers import Real
 import numpy as np
 import pandas as pd
 
-from .core import EstimationError, InputError, Table, counted, decimals, interval_plot, listed, nearest
+from .core import EstimationError, InputError, Table, check_level, counted, decimals, interval_plot, listed, nearest
 from .study import Study, cluster_sums
 from .weights import METHODS, WEIGHTED_ARMS, Weights, group_mask, named_outcome, point_estimate, target_weights
 
@@ -205,13 +205,6 @@ def worst_miss(m2, kurtosis, chi) -> np.ndarray:
     return np.where(np.isfinite(kurtosis), np.maximum(worst, two), worst)
 
 # %% ../nbs/17_by_cluster.ipynb #6c0216a7
-def _checked(level: float) -> float:
-    "The level of an interval, or an `InputError`."
-    if not (isinstance(level, Real) and 0 < level < 1):
-        raise InputError(f"level={level!r} must lie between 0 and 1, for example 0.95.")
-    return level
-
-
 def robust_critical_value(m2, kurtosis, level: float = 0.95) -> np.ndarray:
     """The half-length, in standard deviations of the noise that is left, at which an interval around a shrunken estimate covers
     with chance `level` in the worst case.
@@ -225,7 +218,7 @@ def robust_critical_value(m2, kurtosis, level: float = 0.95) -> np.ndarray:
 
     def excess(chi):
         return np.log(np.maximum(worst_miss(m2, kurtosis, chi), 1e-300)) - np.log1p(-level)
-    low, high = np.full(m2.shape, ndtri(0.5 + _checked(level) / 2)), np.sqrt((1 + m2) / (1 - level))
+    low, high = np.full(m2.shape, ndtri(0.5 + check_level(level) / 2)), np.sqrt((1 + m2) / (1 - level))
     at_low, at_high, last = np.maximum(excess(low), 0.0), np.minimum(excess(high), -1e-12), np.zeros(m2.shape)
     for _ in range(40):
         chi = high + (high - low) * at_high / (at_low - at_high)
@@ -378,7 +371,7 @@ class ClusterEffects:
         p = self.pooled
         q = max(1.0, float(((p.effects - p.fitted) ** 2 / (p.variances + p.tau2)).sum()) / p.df)
         error = np.sqrt(q * np.diag(p.cov))
-        half = stdtrit(p.df, 0.5 + _checked(level) / 2) * error
+        half = stdtrit(p.df, 0.5 + check_level(level) / 2) * error
         terms, p_value = ["intercept" if self.names else "mean", *self.names], 2 * stdtr(p.df, -np.abs(p.coef / error))
         return pd.DataFrame({"term": terms, "estimate": p.coef, "std_error": error, "statistic": p.coef / error, "df": p.df, "p_value": p_value,
                              "conf_low": p.coef - half, "conf_high": p.coef + half})
@@ -392,7 +385,7 @@ class ClusterEffects:
         from scipy.special import ndtri
         if kind not in ("robust", "normal", "raw"):
             raise InputError(f"Unknown kind {kind!r}." + nearest(kind, ["robust", "normal", "raw"]))
-        p, z = self.pooled, ndtri(0.5 + _checked(level) / 2)
+        p, z = self.pooled, ndtri(0.5 + check_level(level) / 2)
         error = {"raw": np.sqrt(p.variances), "normal": p.error, "robust": p.noise}[kind]
         half = robust_half(p, self.kurtosis, level) if kind == "robust" else z * error
         point = p.effects if kind == "raw" else p.shrunken

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from .core import EstimationError, InfeasibleError, InputError, Table, counted, interval_plot, listed, nearest
+from .core import EstimationError, InfeasibleError, InputError, Table, counted, interval_plot, listed, nearest, random_numbers
 from .framework import standardized_differences
 from .mixed import fit_linear_mixed
 from .qp import BlockSums, Constraint, Problem, Solution, block_bounds, centred, solve
@@ -286,7 +286,7 @@ def _set_aside(study: Study, estimand: str, share: float | None, seed: int) -> n
     if share is not None:
         if isinstance(share, bool) or not (isinstance(share, Real) and 0 < share < 1):
             raise InputError(f"sample_split={share!r} must be a share of the clusters between 0 and 1, for example 0.3.")
-        rng = np.random.default_rng(seed)
+        rng = random_numbers(seed)
         for treated in {"ATT": [False], "ATC": [True]}.get(estimand, [False, True]):
             own = np.flatnonzero((study.n_treated > 0) == treated)
             count = round(share * len(own))

@@ -10,14 +10,14 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Real
 
 import numpy as np
 import pandas as pd
 from scipy import sparse
 
 from .core import Certificate, EstimationError, InfeasibleError, InputError, OverlapWarning, SolverError
-from .core import caller_depth, counted, listed, nearest, one_thread
+from .core import caller_depth, check_count, counted, listed, nearest, one_thread
 from .inference import Estimate
 from .mixed import fit_linear_mixed, independent_columns
 from .outcomes import Prediction, folds
@@ -576,8 +576,7 @@ def cross_fitted_lam(study: Study, *, estimand: str | None = None, loss: str | N
     estimand, loss, form, bounds, cluster_weight : as in `softcal_weights`. n_folds : 2 or more; units of each cluster are dealt out to all folds.
     seed : of the dealing. Values of γ at which a fold has no solution are left out. Raises `EstimationError` if none is left. Source: Gao, Yang &
     Kim (2023), section 3.2."""
-    if not (isinstance(n_folds, Integral) and n_folds >= 2):
-        raise InputError(f"n_folds={n_folds!r} must be a whole number, 2 or more.")
+    n_folds = check_count("n_folds", n_folds, 2)
     estimand = canonical_estimand(estimand, METHODS["softcal"], study)
     loss = _own_loss(loss, estimand)
     options, rows, start, best, root = {"loss": loss, "form": form, "bounds": bounds}, [], {}, {}, {}

@@ -15,7 +15,8 @@ from numbers import Real
 import numpy as np
 import pandas as pd
 
-from .core import EstimationError, InputError, Table, counted, decimals, interval_plot, listed, nearest, one_thread, seeded_map
+from .core import EstimationError, InputError, Table, check_count, check_level, counted, decimals, interval_plot, listed, nearest
+from .core import one_thread, random_numbers, seeded_map
 from .inference import Estimate
 from .mixed import fit_linear_mixed
 from .robust import KINDS, cluster_robust
@@ -168,11 +169,6 @@ class ICC:
     def __str__(self) -> str: return f"ICC {self.estimate:.4f} ({100 * self.level:g}% interval {self.low:.4f} to {self.high:.4f}, {self.method})"
 
 
-def _check_level(level) -> None:
-    if not (isinstance(level, Real) and 0 < level < 1):
-        raise InputError(f"level={level!r} must lie between 0 and 1, for example 0.95.")
-
-
 def _crossing(excess: Callable, inside: float, step: float) -> float:
     "Where a function that is below 0 at `inside` rises above 0, going in steps that double; ±infinity if it does not."
     from scipy.optimize import brentq
@@ -190,7 +186,7 @@ def intracluster_correlation(y: np.ndarray, starts: np.ndarray, *, treat: np.nda
     y : (n,), sorted by cluster. starts : (J + 1,). treat : (n,) bool or None; constant within clusters, its arms' means are taken out. method :
     "anova" (F interval) or "reml" (profile likelihood). Raises `EstimationError` if every cluster has one unit or an arm has one cluster. Source:
     Searle, Casella & McCulloch (1992), chapter 3."""
-    _check_level(level)
+    check_level(level)
     if method not in ("anova", "reml"):
         raise InputError(f"Unknown method {method!r}." + nearest(method, ["anova", "reml"]))
     arm = np.zeros(len(y), dtype=bool) if treat is None else np.asarray(treat, dtype=bool)
@@ -226,7 +222,7 @@ _CHUNK = 1 << 18                                          # numbers in a chunk o
 
 
 def _random_chunks(block: np.ndarray, drawn: np.ndarray, draws: int, seed) -> Iterator[np.ndarray]:
-    rng, j = np.random.default_rng(seed), len(block)
+    rng, j = random_numbers(seed), len(block)
     order = np.argsort(block, kind="stable")
     place = np.arange(j) - np.r_[0, np.cumsum(np.bincount(block))][block[order]]
     first = (place < drawn[block[order]])                 # by block, the first places are the treated ones
@@ -264,8 +260,7 @@ def _all_chunks(block: np.ndarray, drawn: np.ndarray) -> Iterator[np.ndarray]:
 
 def _assignment_chunks(block: np.ndarray, drawn: np.ndarray, draws: int, seed) -> tuple[bool, Iterator[np.ndarray]]:
     "Whether all assignments are listed, and they, or `draws` random ones, as (rows, J) matrices."
-    if isinstance(draws, bool) or not isinstance(draws, (int, np.integer)) or draws < 1:
-        raise InputError(f"draws={draws!r} must be a whole number, at least 1.")
+    draws = check_count("draws", draws, 1)
     every = prod(map(comb, np.bincount(block).tolist(), drawn.tolist())) <= draws
     return every, _all_chunks(block, drawn) if every else _random_chunks(block, drawn, draws, seed)
 
@@ -527,7 +522,7 @@ class RandomisationTest:
         """The constant effects not rejected at 1 − level. Infinite where the assignments are too few to reject any.
 
         Raises `InputError` for statistics other than "difference" and "hajek": `randomisation_interval` takes those too."""
-        _check_level(level)
+        check_level(level)
         if not self.invertible:
             raise InputError("The votes of assignments are for the statistics \"difference\" and \"hajek\". For others, "
                              "randomisation_interval(trial, statistic) searches for the interval.")
@@ -610,12 +605,12 @@ def randomisation_interval(trial: Trial, statistic: str | Callable = "difference
     end is infinite where no effect is rejected on that side. Raises `EstimationError` if the test rejects where the search would begin. Source:
     Rosenbaum (2002), chapter 2."""
     from scipy.optimize import brentq
-    test = randomisation_test(trial, draws=draws, seed=(seed := int(np.random.default_rng(seed).integers(2**63))))
+    test = randomisation_test(trial, draws=draws, seed=(seed := int(random_numbers(seed).integers(2**63))))
     if statistic == "difference":
         return test.conf_int(level)
     if statistic == "hajek":
         return randomisation_test(trial, statistic, draws=draws, seed=seed).conf_int(level)
-    _check_level(level)
+    check_level(level)
     def excess(null): return 1 - level + 1e-12 - randomisation_test(trial, statistic, null=null, draws=draws, seed=seed).p_value
     def observed(null): return randomisation_test(trial, statistic, null=null, draws=1, seed=seed).observed
     centre, around = test.estimate, [test.estimate + side * 100 * test.std_error for side in (-1, 1)]
@@ -803,7 +798,7 @@ def model_effect(trial: Trial, method: str = "reml", *, adjust: bool = False, df
 
 def profile_interval(trial: Trial, level: float = 0.95, *, adjust: bool = False) -> tuple[float, float]:
     "The effects whose profile likelihood (ML, the model of `model_effect`) is within the χ² quantile of the largest."
-    _check_level(level)
+    check_level(level)
     best, (x, names, _) = model_effect(trial, "ml", adjust=adjust), _controls(trial, adjust)
     def loglik(x, y): return fit_linear_mixed(x, y, trial.starts, method="ml").loglik
     top = loglik(np.column_stack([trial.treat, x]), trial.y)
@@ -852,7 +847,7 @@ def rejection_rates(trial: Trial, *, level: float = 0.05, draws: int = 20_000, s
 
     Clusters of one size; blocks, if any, of one size with as many treated in each. draws : random assignments; if there are no more than that,
     each is used once and the rates are exact. Index: the tests. Raises `InputError` for other trials."""
-    _check_level(level)
+    check_level(level)
     n, in_block = trial.sizes[0], np.bincount(trial.block)
     if np.ptp(trial.sizes) or np.ptp(in_block) or np.ptp(trial.drawn):
         raise InputError("The closed forms are for clusters of one size, and blocks of one size with as many treated in each; here clusters have "
@@ -881,8 +876,8 @@ def false_positive_rates(clusters: Sequence[int], icc: Sequence[float], *, size:
     clusters, icc : sequences, the rows of the result; size : units in each cluster. block_size : clusters in each block, an even number, 2 for
     pairs; None for no blocks. What blocks explain is taken out by all tests and changes nothing: icc is that within blocks. permutations : for the
     permutation test; all assignments if there are no more. The Monte Carlo error of a rate r is √(r(1 − r)/replicates)."""
-    _check_level(level)
-    rng, rows = np.random.default_rng(seed), {}
+    check_level(level)
+    rng, rows = random_numbers(seed), {}
     for j in clusters:
         per_block = j if block_size is None else block_size
         if not 4 <= j or size < 2:
@@ -959,15 +954,15 @@ def trial_power(*, icc: float, clusters: int | None = None, size: float | None =
     clusters : J in both arms. size : mean units in a cluster. effect : in units of the outcome, whose standard deviation is `sd`. power : 0 to 1.
     icc : 0 to 1. cv : coefficient of variation of sizes. r2_cluster, r2_unit : shares of the variance between and within clusters that covariates
     explain, cluster_covs : covariates at the clusters' level, one degree of freedom each (blocks: their number less one). treated_share : of
-    clusters. level : of the two-sided t test with J − 2 − cluster_covs degrees of freedom. Raises `EstimationError` if no size reaches the power with these clusters. The chance
-    correlation of covariates and treatment, which costs about a factor 1 + cluster_covs/(J − 3 − cluster_covs) of variance, is not counted.
-    Source: Eldridge, Ashby & Kerry (2006); Bloom, Richburg-Hayes & Black (2007)."""
+    clusters. level : of the two-sided t test with J − 2 − cluster_covs degrees of freedom. Not counted is the chance correlation of
+    covariates and treatment, which costs about a factor 1 + cluster_covs/(J − 3 − cluster_covs) of variance. Raises `EstimationError` if no size
+    reaches the power with these clusters. Source: Eldridge, Ashby & Kerry (2006); Bloom, Richburg-Hayes & Black (2007)."""
     known = {"clusters": clusters, "size": size, "effect": effect, "power": power}
     open_ones = [name for name, value in known.items() if value is None]
     if len(open_ones) != 1:
         raise InputError("Leave out one of clusters, size, effect and power: it is what is computed. "
                          f"Left out: {listed(open_ones) if open_ones else 'none'}.")
-    _check_level(level)
+    check_level(level)
     ranges = {"icc": (icc, 0, 1), "r2_cluster": (r2_cluster, 0, 1), "r2_unit": (r2_unit, 0, 1), "cv": (cv, 0, 1e6), "sd": (sd, 1e-300, 1e300),
               "treated_share": (treated_share, 1e-6, 1 - 1e-6), "size": (size, 1, 1e12), "effect": (effect, -1e300, 1e300),
               "cluster_covs": (cluster_covs, 0, 1e6),
@@ -1048,7 +1043,7 @@ def simulate_power(draw: Callable, test: Callable, *, replicates: int = 1000, le
 
     draw : function of a numpy Generator that returns a trial (or any data). test : function of it that returns a p-value or an object with a
     `p_value`, such as `trial_effect` or `randomisation_test`. workers : processes, as in `seeded_map`. progress : show a bar."""
-    _check_level(level)
+    check_level(level)
     return SimulatedPower(np.array(seeded_map(partial(_one_p, draw=draw, test=test), replicates, seed, workers=workers, progress=progress)), level)
 
 # %% ../nbs/16_trial.ipynb #46d34f3d
@@ -1074,7 +1069,7 @@ def simulate_plan(draw: Callable, test: Callable, candidates: Sequence[float], *
         raise InputError(f"candidates must be rising numbers, one at least; they are {listed(values) if values else 'none'}.")
     if not level < power < 1:
         raise InputError(f"power={power!r} must lie between the level, {level:g}, and 1.")
-    seed, found = int(np.random.default_rng(seed).integers(2**63)), {}
+    seed, found = int(random_numbers(seed).integers(2**63)), {}
     def at(k):
         if k not in found:
             found[k] = simulate_power(partial(_draw_at, draw=draw, value=values[k]), test, replicates=replicates, level=level, seed=seed,

@@ -650,7 +650,8 @@ def _reasons(weights: Weights, vcov: str, asked: str, model: OutcomeModel) -> tu
     if study.level == "survey":
         steps = [f"{study.columns['outcome'][0]} is a survey's outcome, of {study.n_rows:,} units in {len(study.labels):,} clusters ({clusters})."]
         if study.totals is not None and study.totals.sample is not None:
-            steps.append("The totals of the population are estimates of a reference sample, which this standard error takes as known; softcal_estimate does not.")
+            steps.append("The totals of the population are estimates of a reference sample, which this standard error takes as known; "
+                         "softcal_estimate does not.")
     elif study.level == "cluster":
         steps = [f"{treat} never varies within {clusters}: whole clusters were treated, so chance has one draw for each of {len(study.labels):,} "
                  "clusters, and the standard error must count them."]
@@ -1020,8 +1021,8 @@ class LamPath:
     """One recipe along `lam`.
 
     table : one row for each, with lam (of two weighted arms the geometric mean), ess (of the weighted arms, the smaller), imbalance, and the estimate
-    (if there is an outcome). choices : the same for "this recipe", and where the rules choose, for the "knee" of the path, "95% of attainable balance"
-    along the path, and "held-out balance" (`lam="balance"`). label : of the method. measure : what imbalance is. notes : why a choice is missing."""
+    (if there is an outcome). choices : the same for "this recipe", and where the rules choose, for the "knee" of the path,
+    "95% of attainable balance" along the path, and "held-out balance" (`lam="balance"`). label : of the method. measure : what imbalance is. notes : why a choice is missing."""
     table: pd.DataFrame
     choices: pd.DataFrame
     label: str
