@@ -337,7 +337,7 @@ class ClusterEffects:
     std_error, shrunken (NaN without an effect), reason (why there is none). estimate : the overall estimate. average : Σ share ·
     effect over Σ share, where there are effects. term : the estimand. variance : σ̂², of one unit. pooled : see `Pooled`. kurtosis :
     of the true effects, as intervals use it. names : of the line's covariates. matched : whether weights add up to the target in
-    each cluster."""
+    each cluster. corrected : whether the imbalance left in each cluster was taken out of the effects."""
     table: pd.DataFrame
     estimate: float
     average: float
@@ -347,6 +347,7 @@ class ClusterEffects:
     kurtosis: float
     names: tuple
     matched: bool
+    corrected: bool
 
     @property
     def tau(self) -> float:
@@ -396,6 +397,8 @@ class ClusterEffects:
         p, have, places = self.pooled, self.table["effect"].notna(), f"z.{decimals(self.pooled.noise.mean())}f"
         line = " around the line in " + listed(self.names) if self.names else ""
         notes = [f"{counted(int(have.sum()), 'cluster')} of {len(have):,} with an effect."]
+        notes.append("effect: corrected for the imbalance that is left in each cluster." if self.corrected else
+                     "effect: not corrected for the imbalance that is left in each cluster, which counts as spread.")
         for reason, part in self.table[~have].groupby("reason"):
             share = part["share"].sum()
             notes.append(f"{counted(len(part), 'cluster')} with {reason}" + (f" ({share:.1%} of the target)." if share else "."))
@@ -450,12 +453,14 @@ class ClusterEffects:
     def _repr_html_(self) -> str: return self.summary()._repr_html_()
 
 # %% ../nbs/17_by_cluster.ipynb #5b73e934
-def cluster_effects(weights: Weights, outcome=None, *, covs=None, bias_corrected: bool = False, kurtosis: float | None = None) -> ClusterEffects:
+def cluster_effects(weights: Weights, outcome=None, *, covs=None, bias_corrected: bool | None = None,
+                    kurtosis: float | None = None) -> ClusterEffects:
     """The effect in each cluster with its standard error, the test and size of their spread, and effects shrunken towards each other.
 
     outcome : as in `Weights.estimate`. covs : properties of clusters, for a line that effects are drawn to instead of their mean:
     names of the study's columns (their means by cluster), or a data frame of numbers with one row for each cluster and its label in
-    the index. bias_corrected : subtract in each cluster the imbalance left there times the outcome's slopes within clusters and arm.
+    the index. bias_corrected : subtract in each cluster the imbalance left there times the outcome's slopes within clusters and arm
+    (default: if the method adjusts for covariates at all).
     kurtosis : of the true effects, for the robust intervals, at least 1; default: estimated; infinite: any. Standard errors hold for
     given weights, and if units vary equally around their means in all clusters.
     Raises `InputError` for surveys, whole-cluster treatments, the ATO and targets from outside; `EstimationError` for too few
@@ -472,10 +477,12 @@ def cluster_effects(weights: Weights, outcome=None, *, covs=None, bias_corrected
         raise InputError(f"kurtosis={kurtosis!r} must be a number from 1 to infinity.")
     recipe, name = named_outcome(weights, outcome)
     y, kept = recipe.study.outcomes[name], weights.reason == ""
+    adjusts = METHODS[weights.method].knows(weights.params) != "none"
+    bias_corrected = adjusts if bias_corrected is None else bias_corrected
     predicted = _predicted(recipe, y) if bias_corrected else {}
     table = _by_arm(weights, y, predicted)
     have = table["effect"].notna().to_numpy()
-    x = study.x if bias_corrected or METHODS[weights.method].knows(weights.params) != "none" else study.x[:, :0]
+    x = study.x if bias_corrected or adjusts else study.x[:, :0]
     variance = within_cells(x[kept], y[kept], (2 * study.cluster + study.treat)[kept])[1]
     table["std_error"] = np.sqrt(variance * (1 / table["ess_treated"] + 1 / table["ess_controls"]))
     covariates, names = _cluster_covariates(study, covs, have)
@@ -489,4 +496,5 @@ def cluster_effects(weights: Weights, outcome=None, *, covs=None, bias_corrected
         overall -= float(weights.gaps[arm] @ said) * (1 if arm == "treated" else -1)
     if kurtosis is None:
         kurtosis = effect_kurtosis(effects - pooled.fitted, errors**2, pooled.used)
-    return ClusterEffects(table, overall, average, weights.estimand, variance, pooled, float(kurtosis), tuple(names), max(off) < 1e-9)
+    return ClusterEffects(table, overall, average, weights.estimand, variance, pooled, float(kurtosis), tuple(names), max(off) < 1e-9,
+                          bool(bias_corrected))

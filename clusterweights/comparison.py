@@ -232,16 +232,10 @@ def compare(study: Study, methods: Sequence | None = None, *, level: float = 0.9
 
 def _analyses(weights: Mapping[str, Weights], by_cluster: bool, sensitivity: bool) -> tuple[dict, dict, list[str]]:
     "Effects by cluster and sensitivity for each method, if asked for, and what was refused and why."
-    effects, effects_refused = _where_possible("effects by cluster", _effects, weights) if by_cluster else ({}, [])
+    effects, effects_refused = _where_possible("effects by cluster", cluster_effects, weights) if by_cluster else ({}, [])
     bounded = partial(sensitivity_analysis, replicates=199, progress=False)
     bounds, bounds_refused = _where_possible("sensitivity", bounded, weights) if sensitivity else ({}, [])
     return effects, bounds, effects_refused + bounds_refused
-
-
-def _effects(weights: Weights) -> ClusterEffects:
-    """Effects by cluster, corrected for the imbalance that is left in each where the method adjusts for covariates at all: else it would count as
-    spread."""
-    return cluster_effects(weights, bias_corrected=METHODS[weights.method].knows(weights.params) != "none")
 
 
 def _where_possible(what: str, analyse: Callable, weights: Mapping[str, Weights]) -> tuple[dict, list[str]]:
