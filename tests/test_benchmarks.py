@@ -36,7 +36,7 @@ def test_the_script_runs(tmp_path):
     assert {rows[name][5] for name in methods} == {"solved"}
     difference = {name: float(rows[name][9]) for name in methods[1:]}
     assert difference["PIQP, polished"] < 1e-9 and difference["PIQP"] < 1e-3 and 1e-9 < difference["OSQP"] < 1
-    assert text.count("20 values from") == 2 and "Fitted exponents: n:" in text and "1 of 1 sizes" in text
+    assert text.count("20 values from") == 3 and "Fitted exponents: n:" in text and "1 of 1 sizes" in text
 
 
 def kinds():
