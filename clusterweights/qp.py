@@ -22,7 +22,7 @@ __all__ = ['SOLVERS', 'BlockSums', 'Constraint', 'Problem', 'centred', 'exact_me
            'Closest', 'closest', 'with_tolerance', 'block_bounds', 'Solution', 'solve', 'solve_within', 'path']
 
 # %% ../nbs/05_qp.ipynb #0051d3c2
-_ROWS = 2**13        # units at a time, so that what is made on the way stays small
+_ROWS = 2**11        # units at a time, so that what is made on the way stays in the fast memory of the processor
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,15 @@ class BlockSums:
     def __call__(self, weights: np.ndarray) -> np.ndarray:
         "(n,) weights → (K, d) sums."
         k, n = len(self.scale), len(self.x)
+        if k == 1:
+            return self.scale * (weights @ self.x)[None]
         return self.scale[:, None] * (sparse.csr_array((weights, np.arange(n), self.starts), shape=(k, n)) @ self.x)
 
     def adjoint(self, duals: np.ndarray) -> np.ndarray:
         "(K, d) → (n,): for each unit, its block's dual times its features."
         scaled = self.scale[:, None] * duals
+        if len(scaled) == 1:
+            return self.x @ scaled[0]
         return np.concatenate([np.einsum("ij,ij->i", self.x[a:a + _ROWS], scaled[self.block[a:a + _ROWS]]) for a in range(0, len(self.x), _ROWS)])
 
     def matrix(self) -> sparse.csc_matrix:
