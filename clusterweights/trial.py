@@ -428,6 +428,11 @@ def _pair_parts(trial: Trial, estimator: str, slope: float) -> np.ndarray:
     return np.bincount(trial.block, np.where(z, 2, -2) * _linear_parts(trial, estimator, slope)) / n
 
 
+def _seen(variance: float, y: np.ndarray) -> bool:
+    "Whether a variance is more than what rounding leaves of outcomes y of this size."
+    return bool(variance > (1e-13 * np.abs(y).max()) ** 2)
+
+
 def trial_effect(trial: Trial, estimator: str = "difference", *, vcov: str = "auto", slope: float = 0.0) -> Estimate:
     """The average effect on the units of a cluster-randomised trial, as an `Estimate`.
 
@@ -473,7 +478,7 @@ def trial_effect(trial: Trial, estimator: str = "difference", *, vcov: str = "au
         df, variance = np.inf, (count**3 / (trial.drawn * (count - trial.drawn)) * spread).sum() / len(trial.treat) ** 2
     else:
         variance, df = _neyman(trial, estimator, slope)
-    if not variance > 0:
+    if not _seen(variance, trial.y):
         raise EstimationError("The outcome does not vary between clusters beyond the effect, so there is no standard error.")
     words = {"iid": "as if units were independent", "neyman": "spread of clusters within arms", "pairs": "spread of pairs",
              "null": "variance of the lot under no effect"}
@@ -657,7 +662,7 @@ def pair_effect(trial: Trial, *, target: str = "SATE", weights: str = "arithmeti
     value = float(w @ difference)
     centre = value / blocks if target in ("SATE", "CATE") else w * value
     variance = blocks / (blocks - 1) * ((w * difference - centre) ** 2).sum()
-    if not variance > 0:
+    if not _seen(variance, trial.y):
         raise EstimationError("All pairs contribute the same to the estimate, so there is no standard error.")
     return Estimate(value, float(np.sqrt(variance)), df=blocks - 1.0, term=target, vcov=f"spread of pairs, {weights} weights")
 

@@ -897,6 +897,15 @@ def test_degenerate_outcomes():
     trial = uneven(1)
     with pytest.raises(cw.EstimationError, match="does not vary between clusters"):
         trial_effect(trial.with_outcome(np.zeros(len(trial.y))))
+    alike = Trial(np.tile([0.3, 0.1], 4), np.tile([1, 0], 4), np.arange(9))                          # what is left of these is rounding
+    with pytest.raises(cw.EstimationError, match="does not vary between clusters"):
+        trial_effect(alike)
+    sizes = np.array([3, 4, 5, 6, 7, 1, 2, 2])
+    treat = np.repeat(np.tile([1, 0], 4), sizes)
+    pairs = Trial(np.where(treat, 0.3, 0.1), treat, np.r_[0, np.cumsum(sizes)], np.repeat(np.arange(8) // 2, sizes))
+    with pytest.raises(cw.EstimationError, match="All pairs contribute the same"):
+        pair_effect(pairs, target="UATE")
+    assert pair_effect(pairs).std_error > 0.01                                                      # as the pairs' shares differ
     with pytest.raises(cw.EstimationError, match="correlation is 1"):
         intracluster_correlation(np.repeat(np.arange(8.0), trial.sizes), trial.starts)
     with pytest.raises(ValueError, match="read-only"):
