@@ -146,9 +146,12 @@ class _Dual:
         sums = cluster_sums(dw, self.starts) - self.sizes
         return self.x.T @ dw - self.goal + self.ridge * c1, np.where(self.free, sums + self.pull(c2), 0.0)
 
-    def arrow(self, w: np.ndarray) -> _Arrow:
-        v = self.d * self.q * self.loss.curvature(w)
-        return _Arrow(self.x, np.where((w > self.low) & (w < self.high), v, 0.0) if self.clipped else v, self.starts, self.kappa, self.ridge)
+    def arrow(self, w: np.ndarray, miss: float) -> _Arrow:
+        v = self.loss.curvature(w)
+        v = np.where((w > self.low) & (w < self.high), v, 0.0) if self.clipped else v
+        if self.high < np.inf:                                   # all units may be at bounds, where nothing curves: some way down is needed
+            v = np.maximum(v, 1e-6 * min(miss, 1.0))
+        return _Arrow(self.x, self.d * self.q * v, self.starts, self.kappa, self.ridge)
 
     def longest(self, z: np.ndarray, dz: np.ndarray) -> float:
         "The longest step that stays inside the domain of the conjugate (only that of empirical likelihood has an edge)."
@@ -169,7 +172,7 @@ def _newton(dual: _Dual, start: tuple[np.ndarray, np.ndarray] | None = None,
         miss = max(np.max(np.abs(r1)), np.max(np.abs(r2))) / dual.goal[0]
         if miss < 1e-14:
             break
-        d1, d2 = dual.arrow(w).solve(-r1, -r2)
+        d1, d2 = dual.arrow(w, miss).solve(-r1, -r2)
         dz, expected = dual.x @ d1 + np.repeat(d2, dual.repeats), r1 @ d1 + r2 @ d2
         t, least = dual.longest(z, dz), 1e-13 * abs(value)
         while (trial := dual.value(z + t * dz, c1 + t * d1, c2 + t * d2)) > value + 1e-4 * t * expected + least and t > 1e-10:
@@ -302,7 +305,8 @@ def solve_softcal(x: np.ndarray, starts: np.ndarray, target_mean: np.ndarray, ta
 def _closest(dual: _Dual) -> tuple:
     """A dual with a vanishing ridge on all demands but the overall total, and its solution: the weights inside the bounds with least squared misses.
 
-    The ridge shrinks step by step, each starting from the last."""
+    The ridge shrinks step by step. Where the misses stay the same, multipliers grow as the ridge shrinks: each step starts from the last ones, or
+    from ten times these, whichever is better."""
     total, start = dual.goal[0], None
     own = dual.d.sum()
     if not (dual.low * own < total < dual.high * own):
@@ -312,7 +316,8 @@ def _closest(dual: _Dual) -> tuple:
         ridge = strength * total * np.r_[0.0, np.ones(dual.x.shape[1] - 1)]
         kappa = np.full(len(dual.sizes), strength * total / len(dual.sizes)) if dual.hard.all() else dual.kappa
         near = _Dual(dual.loss, dual.x, dual.starts, dual.goal, dual.sizes, kappa, dual.d, dual.q, dual.low, dual.high, ridge)
-        w, z, c1, c2, steps = _newton(near, start)
+        def value(start): return near.value(near.x @ start[0] + np.repeat(start[1], near.repeats), *start)
+        w, z, c1, c2, steps = _newton(near, start and min(start, (10 * start[0], 10 * start[1]), key=value))
         start = c1, c2
     return near, w, z, c1, c2, steps
 
@@ -327,13 +332,14 @@ def _explained(dual: _Dual, solution: Solution, total: float, unit: np.ndarray, 
     nothing = BlockSums(np.zeros((n, 1)), whole, np.ones(1)), np.zeros((1, 1))
     found = closest(Problem(*nothing, 1 / dual.d, (means, totals), dual.d * dual.low, dual.d * dual.high))
     within = f"weights between {dual.low:g} and {dual.high:g} times their base weight"
+    hint = " With loss='entropy' weights may be smaller, too." if dual.loss is LOSSES["maximum entropy"] else ""
     if not np.isfinite(found.distance):
         where = " in every cluster." if hard else "."
-        return InfeasibleError(f"No {within} add up to the target's {total:,.6g}{where}", found.names, clusters=found.names if hard else ())
+        return InfeasibleError(f"No {within} add up to the target's {total:,.6g}{where}{hint}", found.names, clusters=found.names if hard else ())
     if found.distance > 1e-7:
         also = " together with the total of each cluster; the penalised form with lam > 0 asks for less." if hard else "."
         return InfeasibleError(f"No {within} reach the target for {listed(found.names)}{also} The closest leave a difference of "
-                               f"{found.distance:.2g} standard deviations. Fewer or coarser covariates may do.",
+                               f"{found.distance:.2g} standard deviations. Fewer or coarser covariates may do.{hint}",
                                found.names, found.distance, found.weights, found.direction)
     away = np.abs(solution.multipliers[0][1:] * unit)
     where = listed(name for name, far in zip(names, away) if far > 0.1 * away.max())
@@ -666,7 +672,7 @@ def _strata(study: Study, strata, fraction) -> tuple[np.ndarray, np.ndarray]:
         if not isinstance(strata, (Mapping, pd.Series)):
             raise InputError(f"strata must give each cluster's stratum by the cluster's label, not be of type {type(strata).__name__}.")
         strata = dict(strata)
-        lacking = [label for label in study.labels if label not in strata]
+        lacking = [label for label in study.labels if label not in strata or pd.isna(strata[label])]
         if lacking:
             raise InputError(f"strata say nothing of {counted(len(lacking), 'cluster')}: {listed(lacking)}.")
         codes, names = pd.factorize(pd.Series([strata[label] for label in study.labels], dtype=object))
@@ -753,8 +759,9 @@ def softcal_estimate(weights: Weights, outcome=None, *, vcov: str = "clusters", 
     imbalance that is left: BLUP by REML, or outcome_model as in `Weights.estimate` (not with a population from outside). strata : the stratum of
     each cluster by its label, if clusters were drawn within strata. fraction : the share of clusters that was drawn without replacement, in all or
     by stratum; 0 for with replacement or few of many. penalised : False for Corollary 1 as published, which covers too rarely; for comparison.
-    Totals from a reference sample bring its variance along. `explain()` of the result reports γ, √(n/q) and the bias term. Raises `InputError` for
-    weights of other methods. Source: Gao, Yang & Kim (2023), Theorem 2 and Corollary 1, changed as said in the chapter."""
+    Totals from a reference sample bring its variance along, as if a fixed number of units had been drawn one by one. `explain()` of the result
+    reports γ, √(n/q) and the bias term. Raises `InputError` for weights of other methods. Source: Gao, Yang & Kim (2023), Theorem 2 and
+    Corollary 1, changed as said in the chapter."""
     study, estimand, k = weights.study, weights.estimand, weights.study.n_clusters
     _check_estimate(weights, vcov, bias_corrected, outcome_model, strata, fraction, penalised)
     survey, outside = study.level == "survey", study.totals is not None

@@ -323,6 +323,29 @@ def least_misses(p, low, high, sizes=None):
     return (rows @ found - right)[1:], lambda w: (rows @ w - right)[1:]
 
 
+@pytest.mark.parametrize("loss, low, high, lam", [("squared", 0.5, 2.0, 1.0), ("squared", 0.5, 2.0, np.inf), ("logit", 0.3, 3.0, 1.0)])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_closest_weights_with_all_units_at_their_bounds(loss, low, high, lam, seed):
+    x = np.random.default_rng(seed).normal(size=(60, 2))
+    p = {"x": x, "starts": np.arange(0, 61, 12), "target_mean": np.array([1.0, -0.7]), "target_total": 120.0, "base": np.full(60, 2.0)}
+    ours = solve_softcal(**p, sizes=np.array([60.0, 30, 15, 5, 5]), lam=lam, loss=loss, bounds=(low, high), infeasible="closest")
+    at = (np.array([1e3 * np.ones(60) / 120, *((x - p["target_mean"]) / x.std(axis=0)).T / 120]), np.array([1e3, 0, 0]))
+    least = lsq_linear(*at, bounds=(2 * low, 2 * high), method="bvls", tol=1e-15).x
+    assert ours.status == "closest" and ours.certificate.ok
+    assert np.linalg.norm(at[0][1:] @ ours.weights) == pytest.approx(np.linalg.norm(at[0][1:] @ least), abs=1e-5)
+    assert_allclose(ours.weights.sum(), 120, rtol=1e-12)
+
+
+def test_weights_that_add_up_already_leave_maximum_entropy_nothing_to_do():
+    rng = np.random.default_rng(0)
+    population = pd.DataFrame({"school": np.repeat(np.arange(10), 20), "age": rng.normal(size=200)})
+    sample = population[::4].assign(y=rng.normal(size=50), weight=4.0)
+    study = cw.Study.survey(sample, outcome="y", cluster="school", covs=["age"], sampling_weights="weight", totals=population)
+    with pytest.raises(InfeasibleError, match="loss='entropy'"):
+        cw.softcal_weights(study, lam=1.0)
+    cw.softcal_weights(study, lam=1.0, loss="entropy")
+
+
 @pytest.mark.parametrize("loss", ["squared", "entropy", "empirical likelihood", "maximum entropy"])
 @pytest.mark.parametrize("demand", ["covariates", "clusters too", "adjusted totals"])
 def test_the_closest_weights(loss, demand):
@@ -524,7 +547,8 @@ def test_clusters_drawn_without_replacement_by_hand():
     by = cw.softcal_estimate(w, strata=strata, fraction={"north": 0.25, "south": 0.0}).std_error
     assert one.std_error < by < apart.std_error
     assert_allclose(cw.softcal_estimate(w, strata=strata, fraction={"north": 0.25, "south": 0.25}).std_error, one.std_error, rtol=1e-12)
-    for options, words in [({"strata": {0: 1}}, "say nothing of 29 clusters"), ({"strata": strata | {29: "alone"}}, "single cluster: 'alone'"), ({"strata": ["a"] * 30}, "by the cluster's label"),
+    for options, words in [({"strata": {0: 1}}, "say nothing of 29 clusters"), ({"strata": strata | {29: np.nan}}, "say nothing of 1 cluster: 29"),
+                           ({"strata": strata | {29: "alone"}}, "single cluster: 'alone'"), ({"strata": ["a"] * 30}, "by the cluster's label"),
                            ({"strata": strata, "fraction": {"north": 0.1}}, "strata are 'north' and 'south'"), ({"fraction": {"north": 0.1}}, "strata are 'all'"),
                            ({"vcov": "sample", "fraction": 0.1}, "for vcov='clusters'")]:
         with pytest.raises(InputError, match=words):
