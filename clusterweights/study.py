@@ -194,7 +194,7 @@ def _treatment(values: pd.Series, name, treated) -> tuple[np.ndarray, tuple]:
     "Booleans, True for treated units, and the values that mean control and treated."
     found = sorted(_hashable(values, "treatment").unique(), key=str)
     if len(found) != 2:
-        what = f"only the value {shown(found[0])}, so one arm is empty" if len(found) == 1 else f"{len(found)} different values"
+        what = f"only the value {shown(found[0])}, so one arm is empty" if len(found) == 1 else f"{len(found)}: {listed(found)}"
         raise InputError(f"The treatment {name!r} must have exactly two values, but has {what}.")
     if treated is None:
         if not set(found) <= {0, 1}:
