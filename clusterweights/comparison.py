@@ -32,15 +32,16 @@ import clusterweights.ipw  # noqa: F401
 import clusterweights.mundlak  # noqa: F401
 import clusterweights.softcal  # noqa: F401
 from . import __version__
-from .core import (ClusterWeightsError, ClusterWeightsWarning, DroppedUnitsWarning, EstimationError, InfeasibleError, InputError,
-                                 OverlapWarning, SolverError, Table, caller_depth, check_output, counted, decimals, interval_plot, listed,
+from .core import (ClusterWeightsError, ClusterWeightsWarning, EstimationError, InfeasibleError, InputError,
+                                 SolverError, Table, caller_depth, check_output, counted, decimals, interval_plot, listed,
                                  nearest, write_file)
 from .framework import Balance, check_weights, love_plot
 from .by_cluster import ClusterEffects, cluster_effects
 from .resampling import Bootstrap, bootstrap
 from .sensitivity import Sensitivity, sensitivity_analysis
 from .study import Study
-from .weights import FRAMEWORK_PAPER, METHODS, TARGET_NOUNS, WEIGHTED_ARMS, Weights, canonical_estimand, model_residuals, point_estimate
+from .weights import (FRAMEWORK_PAPER, METHODS, TARGET_NOUNS, WEIGHTED_ARMS, Weights, canonical_estimand, model_residuals,
+                                    point_estimate, said_before)
 
 # %% auto #0
 __all__ = ['REPORT_ENDINGS', 'Comparison', 'compare', 'difference', 'Agreement', 'agreement']
@@ -558,9 +559,7 @@ def agreement(first: Weights, second: Weights, *, outcome=None, replicates: int 
     if not names or (outcome is not None and outcome not in names):
         raise InputError("The study has no outcome." if not names else f"The study has no outcome {outcome!r}." + nearest(outcome, names))
     part = study if kept.all() else study.restrict(kept)
-    with warnings.catch_warnings():
-        for said in (DroppedUnitsWarning, OverlapWarning):                # when the weights were made
-            warnings.simplefilter("ignore", said)
+    with said_before():
         recipes = tuple(w if part is study else replace(w.refit(part), solutions={}) for w in (first, second))
         statistic = partial(_both, recipes=recipes, outcome=names[0] if outcome is None else outcome)
         found = bootstrap(part, statistic, replicates=replicates, seed=seed, workers=workers, progress=progress)

@@ -9,6 +9,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from types import MappingProxyType
@@ -30,9 +31,9 @@ from .study import Study, numbers_by_name, cluster_sums
 
 # %% auto #0
 __all__ = ['WEIGHTED_ARMS', 'TARGET_NOUNS', 'METHODS', 'FRAMEWORK_PAPER', 'Arm', 'group_mask', 'target_weights', 'arms', 'Method',
-           'method', 'canonical_estimand', 'Target', 'Weights', 'weigh', 'predict_outcomes', 'model_residuals',
-           'point_estimate', 'named_outcome', 'unadjusted_weights', 'resolve_lam', 'balance_lam', 'LamPath',
-           'Feasibility', 'feasibility']
+           'method', 'canonical_estimand', 'Target', 'Weights', 'weigh', 'said_before', 'predict_outcomes',
+           'model_residuals', 'point_estimate', 'named_outcome', 'unadjusted_weights', 'resolve_lam', 'balance_lam',
+           'LamPath', 'Feasibility', 'feasibility']
 
 # %% ../nbs/08_weights.ipynb #c190c258
 WEIGHTED_ARMS = {"ATT": {"controls": "treated"}, "ATC": {"treated": "controls"}, "ATE": {"controls": "all", "treated": "all"},
@@ -503,6 +504,15 @@ _LOOSE = 0.10        # so is a tolerance, chosen automatically, above this
 _TIMES_EQUAL = 3     # the first if it is also this many times its share under equal weights
 
 
+@contextmanager
+def said_before():
+    "A context in which weights that are fitted once more do not repeat the warnings that came when they were made."
+    with warnings.catch_warnings():
+        for said in (DroppedUnitsWarning, OverlapWarning):
+            warnings.simplefilter("ignore", said)
+        yield
+
+
 def _warn(weights: Weights) -> None:
     "Warn of lost target units and of weights that lean on few units, on behalf of the caller of a method."
     target = weights.target
@@ -815,9 +825,9 @@ def bootstrap(self: Weights, outcome=None, *, resample: str = "clusters", replic
         raise InputError("The target from outside lies in clusters, and is not drawn with those of the study. Say resample='fractional' or 'units': "
                          "then it stays as it is.")
     recipe, name = named_outcome(self, outcome)
-    return bootstrap_study(recipe.study, functools.partial(_refitted, recipe=recipe, outcome=name), resample=resample, replicates=replicates,
-                           seed=seed,
-                           workers=workers, progress=progress)
+    statistic = functools.partial(_refitted, recipe=recipe, outcome=name)
+    with said_before():
+        return bootstrap_study(recipe.study, statistic, resample=resample, replicates=replicates, seed=seed, workers=workers, progress=progress)
 
 # %% ../nbs/08_weights.ipynb #21494839
 def _value(option) -> str:
@@ -1134,9 +1144,7 @@ def path(self: Weights, lams: Sequence[float] | None = None) -> LamPath:
         found = {"lam": lam, "ess": min(weights.ess[arm] for arm in weights.weighted_arms),
                  "imbalance": _left(weights, posed, where)}
         return found | ({} if self.study.outcome is None else {"estimate": point_estimate(weights, self.study.outcome)})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", OverlapWarning)      # small lam is there to show what it does
-        warnings.simplefilter("ignore", DroppedUnitsWarning)
+    with said_before():                                      # and small lam is there to show what it does
         times = [{arm: v * lam / _middle(own) for arm, v in own.items()} if isinstance(own, Mapping) else lam for lam in grid.tolist()]
         table = pd.DataFrame([row(w, lam) for w, lam in zip(_along(self, posed, times), grid)])
         held_out, notes = _held_out_choice(self)
