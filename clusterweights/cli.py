@@ -175,7 +175,7 @@ _ABOUT = "Compare treated and untreated people in clusters: pupils in schools, p
 _EXAMPLE = """\
 example, with the data of the demonstration:
   clusterweights demo --data late.csv
-  clusterweights compare late.csv --treat late --outcome math --cluster school --covs "female nonwhite free_lunch born" --lam 1 --out report.html
+  clusterweights compare late.csv --treat late --outcome math --cluster school --covs "female born" --out report.html
 
 """
 _COMPARE = """\

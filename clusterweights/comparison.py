@@ -32,27 +32,21 @@ import clusterweights.ipw  # noqa: F401
 import clusterweights.mundlak  # noqa: F401
 import clusterweights.softcal  # noqa: F401
 from . import __version__
-from .core import (ClusterWeightsError, ClusterWeightsWarning, DroppedUnitsWarning, EstimationError, InfeasibleError, InputError,
-                                 OverlapWarning, SolverError, Table, caller_depth, check_output, counted, decimals, interval_plot, listed,
+from .core import (ClusterWeightsError, ClusterWeightsWarning, EstimationError, InfeasibleError, InputError,
+                                 SolverError, Table, caller_depth, check_output, counted, decimals, interval_plot, listed,
                                  nearest, write_file)
-from .framework import Balance, love_plot
+from .framework import Balance, check_weights, love_plot
 from .by_cluster import ClusterEffects, cluster_effects
 from .resampling import Bootstrap, bootstrap
 from .sensitivity import Sensitivity, sensitivity_analysis
 from .study import Study
-from .weights import FRAMEWORK_PAPER, METHODS, TARGET_NOUNS, WEIGHTED_ARMS, Weights, canonical_estimand, model_residuals, point_estimate
+from .weights import (FRAMEWORK_PAPER, METHODS, TARGET_NOUNS, WEIGHTED_ARMS, Weights, canonical_estimand, model_residuals,
+                                    point_estimate, said_before)
 
 # %% auto #0
 __all__ = ['REPORT_ENDINGS', 'Comparison', 'compare', 'difference', 'Agreement', 'agreement']
 
 # %% ../nbs/20_comparison.ipynb #140f66e9
-def _narrow(cells: pd.DataFrame, width: int = 14) -> pd.DataFrame:
-    "The table with its column names broken into lines, so that many columns stay side by side."
-    lines = [textwrap.wrap(str(name), width, break_long_words=False) for name in cells]
-    depth = max(map(len, lines))
-    return cells.set_axis(pd.MultiIndex.from_tuples([(*[""] * (depth - len(own)), *own) for own in lines]), axis=1) if depth > 1 else cells
-
-
 @dataclass(frozen=True, repr=False, eq=False)
 class Comparison:
     """Several methods on one study. table : one row per method. weights, balances : `Weights` and `Balance` by method. errors : what
@@ -87,7 +81,7 @@ class Comparison:
     def __str__(self) -> str:
         table = self.summary()
         upright = table.cells().T                                                       # methods side by side fit a terminal, up to six of them
-        parts = [_narrow(upright.iloc[:, first:first + 6]) for first in range(0, upright.shape[1], 6)]
+        parts = [upright.iloc[:, first:first + 6] for first in range(0, upright.shape[1], 6)]
         tables = [str(Table(part, table.title if not i else "", self._notes() if i == len(parts) - 1 else ())) for i, part in enumerate(parts)]
         return "\n\n".join([*tables, textwrap.fill(self.reading(), 110)])
     __repr__ = __str__
@@ -124,6 +118,16 @@ def _suits(study: Study, name: str, estimand) -> bool:
     return study.level in method.levels and (study.level == "survey" or estimand is None or str(estimand).upper() not in others)
 
 
+def _labels(entries: Mapping[str, tuple[str, dict]]) -> dict[str, str]:
+    "What each row is called; rows that would share a name add the options in which they differ."
+    plain = {key: METHODS[name].called(own) for key, (name, own) in entries.items()}
+    labels = {}
+    for key, (_, own) in entries.items():
+        others = [entries[k][1] for k in entries if k != key and plain[k] == plain[key]]
+        labels[key] = ", ".join([plain[key], *(f"{o}={v}" for o, v in own.items() if any(str(other.get(o)) != str(v) for other in others))])
+    return labels
+
+
 def _entries(study, methods, options: Mapping) -> dict[str, tuple[str, dict]]:
     "Key of the row → registered name and own options. Raises `InputError` for what is no method, or no option of any."
     if not isinstance(study, Study):
@@ -139,6 +143,8 @@ def _entries(study, methods, options: Mapping) -> dict[str, tuple[str, dict]]:
     for name, own in asked:
         if name not in METHODS:
             raise InputError(f"Unknown method {name!r}." + nearest(name, METHODS))
+        if "estimand" in own:
+            raise InputError(f"The methods of one table answer one question: give estimand to all, not to {name!r} by itself.")
         if set(own) & set(options):
             raise InputError(f"{listed(sorted(set(own) & set(options)))} is given for all methods and for {name!r} by itself.")
     methods = [name for name, _ in asked]
@@ -146,8 +152,13 @@ def _entries(study, methods, options: Mapping) -> dict[str, tuple[str, dict]]:
     for option in options:
         if option not in known:
             raise InputError(f"None of the methods {listed(methods)} has an option {option!r}." + nearest(option, known))
-    return {" ".join([name, *map(str, own.values())]): (name, dict(own) | {k: v for k, v in options.items() if k in METHODS[name].options})
-            for name, own in asked}
+    entries = {}
+    for name, own in asked:
+        chosen, key = dict(own) | {k: v for k, v in options.items() if k in METHODS[name].options}, " ".join([name, *map(str, own.values())])
+        if key in entries and str(entries[key][1]) != str(chosen):                       # other options of the same values
+            key = " ".join([name, *(f"{option}={value}" for option, value in own.items())])
+        entries[key] = (name, chosen)
+    return entries
 
 
 def _give_again(caught: list, label: str) -> None:
@@ -157,11 +168,12 @@ def _give_again(caught: list, label: str) -> None:
         warnings.warn(type(w.message)(f"{label}: {w.message}") if own else w.message, stacklevel=caller_depth())
 
 
-def _run(study: Study, entries: Mapping[str, tuple[str, dict]], level: float, vcov: str, suffix: str = "") -> tuple[dict, dict, dict, dict, dict]:
+def _run(study: Study, entries: Mapping[str, tuple[str, dict]], labels: Mapping[str, str], level: float, vcov: str,
+         suffix: str = "") -> tuple[dict, dict, dict, dict, dict]:
     "Rows of the table, weights, balances, errors and warnings of each entry; their keys and labels end in `suffix`."
     rows, weights, balances, errors, said = {}, {}, {}, {}, {}
     for key, (registered, own) in entries.items():
-        name, label = key + suffix, METHODS[registered].called(own) + suffix
+        name, label = key + suffix, labels[key] + suffix
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", ClusterWeightsWarning)
             try:
@@ -215,10 +227,11 @@ def compare(study: Study, methods: Sequence | None = None, *, level: float = 0.9
     A method that finds no weights stays in the table with its reason; any other error is raised. Warnings say which method they are about."""
     entries = _entries(study, methods, options)
     estimand = canonical_estimand(options.get("estimand"), METHODS[next(iter(entries.values()))[0]], study)
-    found = _run(study, entries, level, vcov)
+    labels = _labels(entries)
+    found = _run(study, entries, labels, level, vcov)
     part, more = (None, []) if same_clusters is False else _again_where(study, found[1])
     if more:
-        again = _run(part, {name: entries[name] for name in more}, level, vcov, _SAME)
+        again = _run(part, {name: entries[name] for name in more}, labels, level, vcov, _SAME)
         merged = [{**first, **second} for first, second in zip(found, again)]
         order = [name + _SAME if name in more else name for name in entries] if same_clusters else list(merged[0])
         found = [{name: d[name] for name in order if name in d} for d in merged]
@@ -389,9 +402,8 @@ def _change_in_words(c: Comparison) -> list[str]:
 
 def _estimates(c: Comparison) -> list[str]:
     done = c.table[c.table["estimate"].notna()]
-    out = []
+    out, p = [], decimals(done["std_error"].min())                                  # as in the table
     for _, row in done.iterrows():
-        p = decimals(row["std_error"])
         out.append(f"{row['label']}: {row['estimate']:z,.{p}f} ({100 * c.level:g}% interval {row['conf_low']:z,.{p}f} "
                    f"to {row['conf_high']:z,.{p}f}).")
     return out + _change_in_words(c)
@@ -536,6 +548,8 @@ def agreement(first: Weights, second: Weights, *, outcome=None, replicates: int 
     first). replicates, seed, workers, progress : as in `bootstrap`.
     Raises `InputError` for weights of different studies or estimands, and for a target from outside.
     Source: Ben-Michael, Feller & Keele (2026), sections 8 and 9, for the comparison; the bootstrap test of Davison & Hinkley (1997), section 4.4."""
+    for weights in (first, second):
+        check_weights(weights, "agreement")
     if first.study is not second.study or first.estimand != second.estimand:
         raise InputError("agreement compares two methods on one study, for one estimand.")
     if first.outside is not None or second.outside is not None:
@@ -545,9 +559,7 @@ def agreement(first: Weights, second: Weights, *, outcome=None, replicates: int 
     if not names or (outcome is not None and outcome not in names):
         raise InputError("The study has no outcome." if not names else f"The study has no outcome {outcome!r}." + nearest(outcome, names))
     part = study if kept.all() else study.restrict(kept)
-    with warnings.catch_warnings():
-        for said in (DroppedUnitsWarning, OverlapWarning):                # when the weights were made
-            warnings.simplefilter("ignore", said)
+    with said_before():
         recipes = tuple(w if part is study else replace(w.refit(part), solutions={}) for w in (first, second))
         statistic = partial(_both, recipes=recipes, outcome=names[0] if outcome is None else outcome)
         found = bootstrap(part, statistic, replicates=replicates, seed=seed, workers=workers, progress=progress)

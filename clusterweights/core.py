@@ -208,6 +208,22 @@ def _wrapped(text: str, name: str = "", indent: str = "  ") -> str:
     return textwrap.fill(text, 100, initial_indent=name, subsequent_indent=indent, break_on_hyphens=False)
 
 
+def _broken(cells: pd.DataFrame, width: int) -> pd.DataFrame:
+    "The cells with the names of their columns broken into lines of at most `width` letters, or of one word."
+    lines = [textwrap.wrap(str(name), width, break_long_words=False) for name in cells]
+    depth = max(map(len, lines))
+    return cells.set_axis(pd.MultiIndex.from_tuples([(*[""] * (depth - len(own)), *own) for own in lines]), axis=1) if depth > 1 else cells
+
+
+def _side_by_side(cells: pd.DataFrame) -> str:
+    "The cells as text, the names of columns in as many lines as it takes to fit them on a page of 110 letters, if that helps."
+    for width in (1000, 14, 9):
+        text = _broken(cells, width).to_string(sparsify=False)
+        if max(map(len, text.split("\n"))) <= 110:
+            break
+    return text
+
+
 @dataclass(frozen=True)
 class Table:
     "A data frame with a title, notes and one format per column, which prints itself as text and as HTML."
@@ -232,7 +248,7 @@ class Table:
             width = 2 + max(map(len, self.frame.index))
             body = [_wrapped(value, name.ljust(width), " " * width) for name, value in self.cells()[""].items()]
         else:
-            body = [self.cells().to_string(sparsify=False)]
+            body = [_side_by_side(self.cells())]
         return "\n".join([*([self.title] if self.title else []), *body, *map(_wrapped, self.notes)])
 
     __repr__ = __str__

@@ -14,7 +14,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 from .core import EstimationError, InfeasibleError, InputError, Table, counted, interval_plot, listed, nearest, random_numbers
-from .framework import standardized_differences
+from .framework import check_weights, standardized_differences
 from .mixed import fit_linear_mixed
 from .qp import BlockSums, Constraint, Problem, Solution, block_bounds, centred, solve
 from .study import Study, cluster_sums
@@ -472,6 +472,7 @@ def plot_arm_means(weights: Weights, ax=None):
     arm? ax : where to draw (default: a new figure). Returns the Axes.
 
     Source: Ben-Michael, Page & Keele (2024), Figure 3."""
+    check_weights(weights, "plot_arm_means")
     study, s = weights.study, weights.study.sampling_weights
     centre = np.average(study.x, axis=0, weights=s)
     spread = np.sqrt(np.average((study.x - centre) ** 2, axis=0, weights=s))
@@ -492,6 +493,7 @@ def plot_clusters(weights: Weights, ax=None):
 
     The line is a linear discriminant of the clusters' means, shrunk so that it exists with few clusters, in standard deviations of clusters within
     arms. Raises `InputError` unless whole clusters were treated."""
+    check_weights(weights, "plot_clusters")
     if weights.study.level != "cluster":
         raise InputError("plot_clusters compares treated with control clusters: it is for whole clusters that are treated or not.")
     if ax is None:

@@ -17,7 +17,7 @@ from .core import InputError, Table, counted, interval_plot, listed
 from .study import Study, cluster_sums
 
 # %% auto #0
-__all__ = ['bias_terms', 'Decomposition', 'decompose', 'worst_case', 'arm_moments', 'standardized_differences',
+__all__ = ['bias_terms', 'check_weights', 'Decomposition', 'decompose', 'worst_case', 'arm_moments', 'standardized_differences',
            'root_mean_square', 'ess', 'Balance', 'balance', 'compare_groups', 'balance_of', 'panels', 'love_plot',
            'treatment_chances', 'plot_overlap']
 
@@ -61,7 +61,7 @@ def _check_levels(study: Study, levels: np.ndarray, used: np.ndarray) -> None:
                          "What differs within a cluster belongs to common or departures.")
 
 
-def _check_weights(weights, asked: str) -> None:
+def check_weights(weights, asked: str) -> None:
     "Raise `InputError` for anything but the package's weights, which are defined in a later chapter."
     if not hasattr(weights, "gaps"):
         raise InputError(f"{asked} takes Weights, as hierarchical_weights(study) returns them, not {type(weights).__name__}.")
@@ -101,7 +101,7 @@ def decompose(weights, levels=0.0, common=0.0, departures=0.0) -> Decomposition:
     both arms are weighted and differ. Positive bias means that the mean, or the effect, comes out too large, for the target units that were kept
     (`weights.target`). Raises `InputError` for levels that differ within a cluster, and for a target from outside, whose units are not in the data.
     Source: Ben-Michael, Feller & Keele (2026), Eqs. 4 and 5, corrected."""
-    _check_weights(weights, "decompose")
+    check_weights(weights, "decompose")
     study, columns, clusters = weights.study, {}, {}
     for arm, gap in weights.gaps.items():
         parts = [_part(weights, values, arm) for values in (levels, common, departures)]
@@ -125,7 +125,7 @@ def worst_case(weights, levels: float = 1.0, slopes: float = 1.0, departures: fl
     deviation of the covariates; the default 1 gives the multipliers of L, B and D. Both arms of the ATE may have their own worst outcome. Returns the
     terms and their sum, "bias". Raises `InputError` for sizes that are not numbers, 0 or more, and for a target from outside.
     Source: Ben-Michael, Feller & Keele (2026), section 4.2; attained, as derived in the chapter on balance."""
-    _check_weights(weights, "worst_case")
+    check_weights(weights, "worst_case")
     study, total, sizes = weights.study, np.zeros(3), (levels, slopes, departures)
     if not all(isinstance(size, Real) and np.isfinite(size) and size >= 0 for size in sizes):
         raise InputError(f"levels, slopes and departures are sizes, numbers of 0 or more, not {sizes!r}.")

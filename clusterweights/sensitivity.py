@@ -15,11 +15,11 @@ from types import MappingProxyType
 import numpy as np
 import pandas as pd
 
-from .core import ClusterWeightsWarning, DroppedUnitsWarning, EstimationError, InputError, OverlapWarning, Table, decimals, nearest
+from .core import ClusterWeightsWarning, EstimationError, InputError, Table, decimals, nearest
 from .inference import fit_linear
 from .resampling import Bootstrap, bootstrap
 from .study import Study
-from .weights import METHODS, WEIGHTED_ARMS, Weights, group_mask, named_outcome, point_estimate
+from .weights import METHODS, WEIGHTED_ARMS, Weights, group_mask, named_outcome, point_estimate, said_before
 
 # %% auto #0
 __all__ = ['TiltedMean', 'Sensitivity', 'sensitivity_analysis']
@@ -363,8 +363,6 @@ def sensitivity_analysis(weights: Weights, outcome=None, *, lams: Sequence[float
     recipe, name = named_outcome(weights, outcome)
     by = ("clusters" if weights.study.level == "cluster" else "units") if by == "auto" else by
     statistic = partial(_tilted, recipe=recipe, outcome=name, by=by, log_lams=np.log(lams), null=float(null))
-    with warnings.catch_warnings():
-        for said in (DroppedUnitsWarning, OverlapWarning):                       # when the weights were made
-            warnings.simplefilter("ignore", said)
+    with said_before():
         draws = bootstrap(recipe.study, statistic, replicates=replicates, seed=seed, workers=workers, progress=progress) if replicates else None
     return Sensitivity(recipe, name, point_estimate(recipe, recipe.study.outcomes[name]), float(null), by, lams, draws)

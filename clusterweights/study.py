@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
+import textwrap
 import warnings
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -193,7 +194,7 @@ def _treatment(values: pd.Series, name, treated) -> tuple[np.ndarray, tuple]:
     "Booleans, True for treated units, and the values that mean control and treated."
     found = sorted(_hashable(values, "treatment").unique(), key=str)
     if len(found) != 2:
-        what = f"only the value {shown(found[0])}, so one arm is empty" if len(found) == 1 else f"{len(found)} different values"
+        what = f"only the value {shown(found[0])}, so one arm is empty" if len(found) == 1 else f"{len(found)}: {listed(found)}"
         raise InputError(f"The treatment {name!r} must have exactly two values, but has {what}.")
     if treated is None:
         if not set(found) <= {0, 1}:
@@ -274,7 +275,7 @@ def _as_pandas(column: nw.Series) -> pd.Series:
 def _settle_missing(frame: pd.DataFrame, missing: str, may_fill: Sequence) -> np.ndarray:
     "Which rows stay, by the rule `missing`; raises where the rule does not allow a gap. `may_fill`: columns whose gaps can be filled."
     if missing not in ("error", "indicator", "drop"):
-        raise InputError(f"missing={missing!r} must be 'error', 'indicator' or 'drop'." + nearest(missing, ["error", "indicator", "drop"]))
+        raise InputError(f"missing={missing!r} must be 'error', 'indicator' or 'drop'.")
     gaps = frame.isna()
     if missing == "drop":
         return ~gaps.any(axis=1).to_numpy()
@@ -593,12 +594,13 @@ def find_clusters(self: Study, data) -> np.ndarray:
 def __repr__(self: Study) -> str:
     outcomes = ", ".join(map(str, self.outcomes)) or "not given"
     if self.level == "survey":
-        return (f"Survey: {self.n:,} units in {self.n_clusters:,} clusters ({self.columns['cluster']}), {self.treat.sum():,} respondents, "
+        said = (f"Survey: {self.n:,} units in {self.n_clusters:,} clusters ({self.columns['cluster']}), {self.treat.sum():,} respondents, "
                 f"{len(self.names)} covariate columns, outcome {outcomes}.")
-    return (f"Study: {self.n:,} units in {self.n_clusters:,} clusters ({self.columns['cluster']}), "
-            f"{self.treat.sum():,} treated ({self.columns['treat']} = {self.arm_values[1]}), {len(self.names)} covariate columns, "
-            f"outcome {outcomes}; treatment varies "
-            + ("within clusters." if self.level == "unit" else "between clusters only."))
+    else:
+        said = (f"Study: {self.n:,} units in {self.n_clusters:,} clusters ({self.columns['cluster']}), "
+                f"{self.treat.sum():,} treated ({self.columns['treat']} = {self.arm_values[1]}), {len(self.names)} covariate columns, "
+                f"outcome {outcomes}; treatment varies " + ("within clusters." if self.level == "unit" else "between clusters only."))
+    return textwrap.fill(said, 110, subsequent_indent="  ", break_on_hyphens=False)
 
 # %% ../nbs/01_study.ipynb #1c0682ab
 def _parse(formula: str) -> tuple[str, str, str]:
@@ -852,14 +854,26 @@ class Description:
     def _repr_html_(self) -> str: return self.facts._repr_html_() + self.variables._repr_html_()
 
 
+def _repeated(study: Study) -> list[str]:
+    "Names of the covariate columns that are a combination of earlier ones and a constant."
+    z = study.x - study.x.mean(axis=0)
+    length, new = np.linalg.norm(z, axis=0), np.zeros(z.shape[1])
+    found = np.abs(np.diag(np.linalg.qr(z / np.where(length > 0, length, 1.0), mode="r")))     # what is left of each after the earlier ones
+    new[:len(found)] = found
+    return [name for name, size in zip(study.names, new) if size < 1e-8]
+
+
 def _facts(study: Study) -> Table:
     n1, n0 = study.n_treated, study.n_controls
+    repeated = _repeated(study)
+    twice = {"said twice": f"{', '.join(repeated)}: follows from the covariates before, and counts again"} if repeated else {}
     sizes = n1 + n0
     if study.level == "survey":
         return Table(pd.DataFrame({"": {
             "units": f"{study.n:,}", "respondents": f"{n1.sum():,} ({n1.sum() / study.n:.1%})", "clusters": f"{study.n_clusters:,}",
             "cluster sizes": f"{sizes.min()} to {sizes.max()}, median {np.median(sizes):g}",
-            "clusters without respondents": f"{(n1 == 0).sum():,}", "constant within clusters": ", ".join(study.constant_within) or "no covariate"}}),
+            "clusters without respondents": f"{(n1 == 0).sum():,}",
+            "constant within clusters": ", ".join(study.constant_within) or "no covariate", **twice}}),
             title=f"Survey in {study.columns['cluster']}")
     facts = {
         "units": f"{study.n:,}" + (f" ({study.n_rows - study.n:,} rows left out)" if study.n < study.n_rows else ""),
@@ -871,6 +885,7 @@ def _facts(study: Study) -> Table:
         "clusters without controls": f"{(n0 == 0).sum():,}" + (f", {n1[n0 == 0].sum():,} treated in them" if (n0 == 0).any() else ""),
         "treatment varies": "within clusters" if study.level == "unit" else "between clusters only",
         "constant within clusters": ", ".join(study.constant_within) or "no covariate",
+        **twice,
     }
     return Table(pd.DataFrame({"": facts}), title=f"Study of {study.columns['treat']} in {study.columns['cluster']}")
 

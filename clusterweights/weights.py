@@ -9,6 +9,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from types import MappingProxyType
@@ -30,9 +31,9 @@ from .study import Study, numbers_by_name, cluster_sums
 
 # %% auto #0
 __all__ = ['WEIGHTED_ARMS', 'TARGET_NOUNS', 'METHODS', 'FRAMEWORK_PAPER', 'Arm', 'group_mask', 'target_weights', 'arms', 'Method',
-           'method', 'canonical_estimand', 'Target', 'Weights', 'weigh', 'predict_outcomes', 'model_residuals',
-           'point_estimate', 'named_outcome', 'unadjusted_weights', 'resolve_lam', 'balance_lam', 'LamPath',
-           'Feasibility', 'feasibility']
+           'method', 'canonical_estimand', 'Target', 'Weights', 'weigh', 'said_before', 'predict_outcomes',
+           'model_residuals', 'point_estimate', 'named_outcome', 'unadjusted_weights', 'resolve_lam', 'balance_lam',
+           'LamPath', 'Feasibility', 'feasibility']
 
 # %% ../nbs/08_weights.ipynb #c190c258
 WEIGHTED_ARMS = {"ATT": {"controls": "treated"}, "ATC": {"treated": "controls"}, "ATE": {"controls": "all", "treated": "all"},
@@ -48,10 +49,8 @@ class Arm:
 
     name : "controls", "treated" or "respondents". rows : (m,) positions in the study. x : (m, d) features. base : (m,) sampling weights.
     starts : (K + 1,) blocks of rows; one block for methods that ignore clusters. target_mean : (K, d) and target_total : (K,), the target's mean
-    features
-    and size in each block. spread : (d,) one standard deviation of each feature. names, labels : of features and blocks. goal : (n,) how much of the
-    target each
-    unit of the study is (0 for units that are no part of it); it says nothing of a target from outside."""
+    features and size in each block. spread : (d,) one standard deviation of each feature. names, labels : of features and blocks. goal : (n,) how
+    much of the target each unit of the study is (0 for units that are no part of it); it says nothing of a target from outside."""
     name: str
     rows: np.ndarray
     x: np.ndarray
@@ -304,9 +303,9 @@ def _check_call(method: Method, study, options: Mapping) -> None:
     if study.level == "unit" and "unit" not in method.levels:
         both = (study.n_treated > 0) & (study.n_controls > 0)
         raise InputError(f"{name} is for whole clusters that are treated or not. {study.columns['treat']!r} varies within {both.sum():,} of "
-                         f"{study.n_clusters:,} clusters ({listed(study.labels[both])}). If these are slips in the data, mend them first. "
+                         f"{study.n_clusters:,} clusters ({listed(study.labels[both])}). If these are slips in the data, mend them first; if not, "
                          f"{listed(m.function.__name__ for m in METHODS.values() if m.levels[0] == 'unit' and 'cluster' not in m.levels)} "
-                         "compare within clusters.")
+                         "are for such a treatment.")
 
 # %% ../nbs/08_weights.ipynb #5da0a381
 @dataclass(frozen=True)
@@ -374,8 +373,7 @@ class Weights:
     @property
     def gaps(self) -> dict[str, np.ndarray]:
         """For each mean that is weighted, (n,) each unit's share of the arm's weights minus its share of the target, in the study's order: how far
-        the weights are from
-        what they stand for. Raises `InputError` for a target from outside, whose units are not in the study."""
+        the weights are from what they stand for. Raises `InputError` for a target from outside, whose units are not in the study."""
         if self.outside is not None:
             raise InputError("The target comes from outside, so its units cannot be compared one by one with those of the study.")
         study, kept, gaps = self.study, self.reason == "", {}
@@ -504,6 +502,15 @@ def _target_outside(study: Study, target, made: list[Arm], within: bool) -> Targ
 _LEAN = 0.10         # one unit with more than this share of its arm's weight is worth a warning,
 _LOOSE = 0.10        # so is a tolerance, chosen automatically, above this
 _TIMES_EQUAL = 3     # the first if it is also this many times its share under equal weights
+
+
+@contextmanager
+def said_before():
+    "A context in which weights that are fitted once more do not repeat the warnings that came when they were made."
+    with warnings.catch_warnings():
+        for said in (DroppedUnitsWarning, OverlapWarning):
+            warnings.simplefilter("ignore", said)
+        yield
 
 
 def _warn(weights: Weights) -> None:
@@ -818,9 +825,9 @@ def bootstrap(self: Weights, outcome=None, *, resample: str = "clusters", replic
         raise InputError("The target from outside lies in clusters, and is not drawn with those of the study. Say resample='fractional' or 'units': "
                          "then it stays as it is.")
     recipe, name = named_outcome(self, outcome)
-    return bootstrap_study(recipe.study, functools.partial(_refitted, recipe=recipe, outcome=name), resample=resample, replicates=replicates,
-                           seed=seed,
-                           workers=workers, progress=progress)
+    statistic = functools.partial(_refitted, recipe=recipe, outcome=name)
+    with said_before():
+        return bootstrap_study(recipe.study, statistic, resample=resample, replicates=replicates, seed=seed, workers=workers, progress=progress)
 
 # %% ../nbs/08_weights.ipynb #21494839
 def _value(option) -> str:
@@ -1022,7 +1029,8 @@ class LamPath:
 
     table : one row for each, with lam (of two weighted arms the geometric mean), ess (of the weighted arms, the smaller), imbalance, and the estimate
     (if there is an outcome). choices : the same for "this recipe", and where the rules choose, for the "knee" of the path,
-    "95% of attainable balance" along the path, and "held-out balance" (`lam="balance"`). label : of the method. measure : what imbalance is. notes : why a choice is missing."""
+    "95% of attainable balance" along the path, and "held-out balance" (`lam="balance"`). label : of the method.
+    measure : what imbalance is. notes : why a choice is missing."""
     table: pd.DataFrame
     choices: pd.DataFrame
     label: str
@@ -1123,7 +1131,10 @@ def path(self: Weights, lams: Sequence[float] | None = None) -> LamPath:
     own = self.params["lam"]
     posed = _posed(self)
     usual = _LAMS if posed else np.logspace(-2, 2, 9) * _middle(own)
-    grid = np.sort(np.asarray(usual if lams is None else lams, dtype=float).ravel())
+    try:
+        grid = np.sort(np.asarray(usual if lams is None else lams, dtype=float).ravel())
+    except (TypeError, ValueError):
+        grid = np.empty(0)
     if not (grid.size and np.isfinite(grid).all() and (grid > 0).all()):
         raise InputError("lams must be positive numbers.")
     where = "global" if posed or np.isnan(self.balance().l2.loc["local", "after"]) else "local"
@@ -1133,9 +1144,7 @@ def path(self: Weights, lams: Sequence[float] | None = None) -> LamPath:
         found = {"lam": lam, "ess": min(weights.ess[arm] for arm in weights.weighted_arms),
                  "imbalance": _left(weights, posed, where)}
         return found | ({} if self.study.outcome is None else {"estimate": point_estimate(weights, self.study.outcome)})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", OverlapWarning)      # small lam is there to show what it does
-        warnings.simplefilter("ignore", DroppedUnitsWarning)
+    with said_before():                                      # and small lam is there to show what it does
         times = [{arm: v * lam / _middle(own) for arm, v in own.items()} if isinstance(own, Mapping) else lam for lam in grid.tolist()]
         table = pd.DataFrame([row(w, lam) for w, lam in zip(_along(self, posed, times), grid)])
         held_out, notes = _held_out_choice(self)
@@ -1149,6 +1158,9 @@ def path(self: Weights, lams: Sequence[float] | None = None) -> LamPath:
 
 
 # %% ../nbs/08_weights.ipynb #1005e2dc
+_LOST = "target lost: nobody to compare with"
+
+
 @dataclass(frozen=True, eq=False)
 class Feasibility:
     """What can be balanced, before any weights. clusters : one row per cluster. tolerance : the smallest tolerance on global balance, in
@@ -1161,9 +1173,11 @@ class Feasibility:
 
     def summary(self) -> Table:
         "The hardest clusters, and what it all means."
-        hardest = self.clusters.sort_values("reachable", kind="stable").head(8)
-        return Table(hardest, title=f"Feasibility ({counted(len(self.clusters), 'cluster')}; the {len(hardest)} hardest)", notes=self.notes,
-                     formats={"reachable": ".0f"})
+        lost = self.clusters["use"].eq(_LOST)
+        hardest = self.clusters.assign(reachable=self.clusters["reachable"].mask(lost, -1.0)).sort_values("reachable", kind="stable").head(8)
+        hardest["reachable"] = self.clusters["reachable"]
+        return Table(hardest, title=f"Feasibility ({counted(len(self.clusters), 'cluster')}; the {len(hardest)} hardest)", 
+                     notes=[*self.notes, "reachable: covariates that could be balanced in a cluster, each by itself."], formats={"reachable": ".0f"})
 
     def __str__(self) -> str: return str(self.summary())
     __repr__ = __str__
@@ -1194,7 +1208,7 @@ def feasibility(study: Study, estimand: str = "ATT") -> Feasibility:
     n1, n0 = study.n_treated, study.n_controls
     frame = pd.DataFrame({"treated": n1, "controls": n0, "use": "both arms compared"}, index=pd.Index(list(study.labels), tupleize_cols=False))
     lost, idle = (n0 == 0, n1 == 0) if estimand == "ATT" else (n1 == 0, n0 == 0)
-    frame.loc[lost, "use"], frame.loc[idle, "use"] = "target lost: nobody to compare with", "no target: gets weight 0"
+    frame.loc[lost, "use"], frame.loc[idle, "use"] = _LOST, "no target: gets weight 0"
     low, high = (pick.reduceat(arm.x, arm.starts[:-1], axis=0) for pick in (np.minimum, np.maximum))
     slack = 1e-12 * np.maximum(np.abs(low), np.abs(high))
     frame.loc[~(lost | idle), "reachable"] = ((low - slack <= arm.target_mean) & (arm.target_mean <= high + slack)).sum(axis=1).astype(float)

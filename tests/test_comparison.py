@@ -88,6 +88,25 @@ def test_the_table_is_that_of_each_method_alone():
         assert_allclose(row[columns].astype(float), expected, rtol=1e-9, atol=1e-12)
 
 
+def test_one_method_with_several_options():
+    methods = [("hierarchical", {"lam": 1}), ("hierarchical", {"lam": 10}), ("hierarchical", {"bounds": (0, 50), "lam": 10})]
+    c = cw.compare(study(), methods)
+    labels = [f"Hierarchical balancing, {said}" for said in ("lam=1", "lam=10", "bounds=(0, 50), lam=10")]
+    assert list(c.table["label"]) == labels and [w.params["lam"] for w in c.weights.values()] == [1, 10, 10]
+    assert all(f"{label}: " in c.reading() for label in labels) and "lam=10" in str(c)
+
+    same_values = cw.compare(study(), [("ipw", {"trim": 0.05}), ("ipw", {"truncate": 0.05})], same_clusters=False)
+    assert list(same_values.table["label"]) == ["IPW, random intercept, trim=0.05", "IPW, random intercept, truncate=0.05"]
+    for w, option in zip(same_values.weights.values(), ("trim", "truncate")):
+        assert_allclose(w.weights, cw.ipw_weights(study(), **{option: 0.05}).weights)
+
+
+def test_the_reading_rounds_as_the_table_does():
+    c = cw.compare(study(), lam=0.7)
+    c = replace(c, table=c.table.assign(std_error=[0.02, 1.7, *[0.02] * 4], estimate=12.34567))
+    assert c.reading().count(": 12.3457 (95% interval") == len(c.table) and str(c).count("12.3457") == 2 * len(c.table)
+
+
 def test_global_imbalance_by_hand():
     late = late_entry_study()
     differences = []
@@ -152,6 +171,8 @@ def test_compare_refuses():
         cw.compare(study(), lamm=1.0)
     with pytest.raises(InputError, match="must be a positive number"):
         cw.compare(study(), lam=-1.0)
+    with pytest.raises(InputError, match="answer one question: give estimand to all, not to 'hierarchical' by itself"):
+        cw.compare(study(), ["unadjusted", ("hierarchical", {"estimand": "ATE"})])
 
 
 def test_options_reach_the_methods_that_have_them():
@@ -362,6 +383,8 @@ def test_agreement_is_for_one_study_and_one_estimand():
         cw.agreement(first, cw.hierarchical_weights(study(), lam=1.0), **options)
     with pytest.raises(InputError, match="Did you mean 'score'|no outcome 'scor'"):
         cw.agreement(first, second, outcome="scor", **options)
+    with pytest.raises(InputError, match="agreement takes Weights.* not Study"):
+        cw.agreement(first, first.study, **options)
 
 
 @pytest.mark.filterwarnings("ignore::clusterweights.core.ClusterWeightsWarning")

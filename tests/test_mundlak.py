@@ -274,7 +274,7 @@ def test_paths_without_a_problem_or_a_held_out_choice(frame):
     assert "No held-out choice" in str(there) and "held-out balance" not in there.choices.index
     whole = cw.Study(frame.assign(treat=frame["cluster"] % 2), treat="treat", outcome="outcome", cluster="cluster", covs=["x1", "x2"])
     assert cw.cos_weights(whole, lam=1.0, icc=0.1).path().measure.startswith("global")
-    for wrong in ([], [0.0], [1.0, np.nan]):
+    for wrong in ([], [0.0], [1.0, np.nan], "auto"):
         with pytest.raises(cw.InputError, match="positive numbers"):
             asked.path(wrong)
 

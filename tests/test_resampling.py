@@ -11,8 +11,8 @@ import statsmodels.api as sm
 from helpers import pupils, schools
 from numpy.testing import assert_allclose, assert_array_equal
 
-from clusterweights import (ClusterWeightsWarning, EstimationError, InfeasibleError, InputError, OverlapWarning, Study, balancing_weights, compare,
-                            hierarchical_weights, unadjusted_weights)
+from clusterweights import (ClusterWeightsWarning, DroppedUnitsWarning, EstimationError, InfeasibleError, InputError, OverlapWarning, Study,
+                            balancing_weights, compare, hierarchical_weights, unadjusted_weights)
 from clusterweights.core import seeded_map
 from clusterweights.resampling import Bootstrap, bootstrap, wild_cluster_test
 from clusterweights.weights import METHODS
@@ -140,6 +140,15 @@ def test_replicates_do_not_depend_on_the_number_of_processes(way):
         one, two = (w.bootstrap(resample=way, replicates=40, seed=3, workers=k, progress=False) for k in (1, 2))
     pd.testing.assert_frame_equal(one.draws, two.draws)
     assert (one.failed, one.reasons, one.warned) == (two.failed, two.reasons, two.warned)
+
+
+def test_a_bootstrap_does_not_repeat_what_was_said_of_the_weights():
+    first = DATA["school"] == DATA["school"].iloc[0]
+    with pytest.warns(DroppedUnitsWarning):
+        w = hierarchical_weights(study(DATA.assign(late=DATA["late"].mask(first, 1))), lam=0.7, tolerance=0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DroppedUnitsWarning)
+        assert w.bootstrap(replicates=20, progress=False).warned["DroppedUnitsWarning"] > 0
 
 
 def test_each_replicate_is_the_recipe_on_a_drawn_study():

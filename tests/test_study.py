@@ -34,7 +34,7 @@ def make(data=DATA, roles=None, **columns):
     ({"x": [1, "two", 3, 4]}, {}, "must be numeric, but holds"),
     ({"z": ["a", "b", "a", "b"]}, {"treated": "ja"}, "'ja' does not occur"),
     ({"z": ["a", "b", "a", "b"]}, {}, "Say which one means treated"),
-    ({"z": ["a", "b", "c", "b"]}, {"treated": "a"}, "3 different values"),
+    ({"z": ["a", "b", "c", "b"]}, {"treated": "a"}, "but has 3: .a., .b. and .c."),
     ({"z": [1, 1, 1, 1]}, {}, "one arm is empty"),
     ({"x": [np.nan, 2, 3, 4], "g": [None, 1, 2, 2]}, {}, "1 of 4 rows"),
     ({"g": ["a", "a", "b", None]}, {}, "'g' in 1"),
