@@ -442,13 +442,13 @@ def _lams(study: Study, lam, options: Mapping) -> dict[str, float]:
                      "clusters, large ones ignore them.")
 
 
-def _own_loss(loss: str | None, estimand: str) -> str:
+def _own_loss(study: Study, loss: str | None, estimand: str) -> str:
     "The loss asked for; by default the one whose weights are of the estimand's kind."
-    odds = estimand in ("ATT", "ATC")
+    odds, represent = estimand in ("ATT", "ATC"), study.totals is not None and "sampling_weights" in study.columns
     if loss == "maximum entropy" and odds:
         raise InputError(f"loss='maximum entropy' makes every weight larger than 1, as inverse probabilities are; the weights for the {estimand} are "
                          "odds, which may be below 1. Use 'entropy', the default there.")
-    return ("entropy" if odds else "maximum entropy") if loss is None else loss
+    return ("entropy" if odds or represent else "maximum entropy") if loss is None else loss
 
 
 @method("softcal", "Soft calibration", outcome_model="covariates and clusters",
@@ -462,8 +462,8 @@ def softcal_weights(study: Study, lam: float | str | Mapping[str, float] = "auto
     lam : γ, the variance of the outcome within clusters over that between; "auto": estimated by REML among the units weighted; "cross-fitted":
     the best on `cross_fitted_lam`'s grid; 0: exact totals; infinity: clusters ignored; or a number for each weighted arm. estimand : "ATT"
     (default), "ATC", "ATE"; in a survey "mean" (default) or "total" (respondents to the full sample, or to the population of `Study.survey`'s totals,
-    which must say how large clusters are). loss : "maximum entropy" (weights above 1, as inverse probabilities; default but for the ATT and ATC),
-    "entropy" (default for these), "squared", "empirical likelihood", or "logit" (with bounds). form : "penalised" (default) or "adjusted".
+    which must say how large clusters are). loss : "maximum entropy" (weights above 1, as inverse probabilities; default but for the cases that follow),
+    "entropy" (default for the ATT and ATC, and where sampling weights that stand for a population meet totals of it), "squared", "empirical likelihood", or "logit" (with bounds). form : "penalised" (default) or "adjusted".
     bounds : of weights, not below 0, as multiples of the base weight scaled to the target's total (maximum entropy: of the sampling weight); with the
     squared loss the default truncates at 0. infeasible : "error" (default), or "closest" for the weights that miss the demands by the least squares,
     with a warning that says which and how far. cluster_weight : "units" or "clusters", whether each target unit or each cluster counts the same.
@@ -471,7 +471,7 @@ def softcal_weights(study: Study, lam: float | str | Mapping[str, float] = "auto
     Clusters without units to be weighted stay in the target: others stand in for them, which takes a model without a level for each cluster of
     its own. Raises `InfeasibleError`, naming covariates or clusters, if no weights meet the demands. Source: Gao, Yang & Kim (2023), Eqs. 4, 6, 7
     and 10 to 12."""
-    used = _own_loss(loss, estimand)
+    used = _own_loss(study, loss, estimand)
     if study.totals is not None and cluster_weight != "units":
         raise InputError(f"cluster_weight={cluster_weight!r} is for targets within the study; a population from outside counts by its own units.")
     lams = _lams(study, lam, {"estimand": estimand, "loss": used, "form": form, "bounds": bounds, "cluster_weight": cluster_weight})
@@ -584,7 +584,7 @@ def cross_fitted_lam(study: Study, *, estimand: str | None = None, loss: str | N
     Kim (2023), section 3.2."""
     n_folds = check_count("n_folds", n_folds, 2)
     estimand = canonical_estimand(estimand, METHODS["softcal"], study)
-    loss = _own_loss(loss, estimand)
+    loss = _own_loss(study, loss, estimand)
     options, rows, start, best, root = {"loss": loss, "form": form, "bounds": bounds}, [], {}, {}, {}
     fold = folds(study.cluster, True, n_folds, seed)
     for name in WEIGHTED_ARMS[estimand]:
@@ -707,7 +707,7 @@ class _ArmPart:
 def _of_arm(weights: Weights, arm: str, y: np.ndarray, drawn: np.ndarray, vcov: str, penalised: bool, model: Prediction | None | bool) -> _ArmPart:
     "The contribution of one arm. y : (n,). drawn : (K,). model : the outcome model to correct with, None for the mixed model, False for none."
     study, estimand, params, own = weights.study, weights.estimand, weights.params, group_mask(weights.study, arm)
-    w, used = np.where(own, weights.in_order, 0.0), _own_loss(params["loss"], estimand)
+    w, used = np.where(own, weights.in_order, 0.0), _own_loss(study, params["loss"], estimand)
     if arm not in WEIGHTED_ARMS[estimand]:                              # an arm that is its own target
         return _ArmPart(w @ y / w.sum(), cluster_sums(w * y, study.starts), cluster_sums(w, study.starts), w.sum())
     part = _part(study, estimand, arm, used, params["cluster_weight"])

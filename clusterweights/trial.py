@@ -847,12 +847,17 @@ def _seven_tests(means: np.ndarray, within: np.ndarray, n: int, z: np.ndarray, b
     return out
 
 
-def rejection_rates(trial: Trial, *, level: float = 0.05, draws: int = 20_000, seed: int | np.random.Generator = 0) -> pd.Series:
-    """How often seven tests at `level` would reject if the outcomes of a trial were what they are whatever the lot brings: no effect on anybody.
+def _check_alpha(alpha: float, below: float = 0.5) -> None:
+    if not (isinstance(alpha, Real) and 0 < alpha < below):
+        raise InputError(f"alpha={alpha!r}, the chance to reject what is true, must lie between 0 and {below:g}, for example 0.05.")
+
+
+def rejection_rates(trial: Trial, *, alpha: float = 0.05, draws: int = 20_000, seed: int | np.random.Generator = 0) -> pd.Series:
+    """How often seven tests at significance level `alpha` would reject if the outcomes of a trial were what they are whatever the lot brings: no effect on anybody.
 
     Clusters of one size; blocks, if any, of one size with as many treated in each. draws : random assignments; if there are no more than that,
     each is used once and the rates are exact. Index: the tests. Raises `InputError` for other trials."""
-    check_level(level)
+    _check_alpha(alpha, below=1)
     n, in_block = trial.sizes[0], np.bincount(trial.block)
     if np.ptp(trial.sizes) or np.ptp(in_block) or np.ptp(trial.drawn):
         raise InputError("The closed forms are for clusters of one size, and blocks of one size with as many treated in each; here clusters have "
@@ -865,7 +870,7 @@ def rejection_rates(trial: Trial, *, level: float = 0.05, draws: int = 20_000, s
     spread = _values(z, means, means, np.ones(len(means)), trial.block, trial.drawn, "difference")
     within = ((trial.y - np.repeat(means, n)) ** 2).sum()
     p = _seven_tests(means, within, n, z, trial.block, spread, True)
-    return pd.Series({name: (values <= level + 1e-12).mean() for name, values in p.items()})
+    return pd.Series({name: (values <= alpha + 1e-12).mean() for name, values in p.items()})
 
 
 def _check_blocks(clusters: int, blocks: int) -> None:
@@ -875,13 +880,13 @@ def _check_blocks(clusters: int, blocks: int) -> None:
 
 
 def false_positive_rates(clusters: Sequence[int], icc: Sequence[float], *, size: int = 100, block_size: int | None = None, replicates: int = 2000,
-                         permutations: int = 499, level: float = 0.05, seed: int | np.random.Generator = 0) -> pd.DataFrame:
-    """How often seven tests at `level` reject in simulated trials without effect, normal outcomes, half of the clusters treated.
+                         permutations: int = 499, alpha: float = 0.05, seed: int | np.random.Generator = 0) -> pd.DataFrame:
+    """How often seven tests at significance level `alpha` reject in simulated trials without effect, normal outcomes, half of the clusters treated.
 
     clusters, icc : sequences, the rows of the result; size : units in each cluster. block_size : clusters in each block, an even number, 2 for
     pairs; None for no blocks. What blocks explain is taken out by all tests and changes nothing: icc is that within blocks. permutations : for the
     permutation test; all assignments if there are no more. The Monte Carlo error of a rate r is √(r(1 − r)/replicates)."""
-    check_level(level)
+    _check_alpha(alpha)
     rng, rows = random_numbers(seed), {}
     for j in clusters:
         per_block = j if block_size is None else block_size
@@ -900,7 +905,7 @@ def false_positive_rates(clusters: Sequence[int], icc: Sequence[float], *, size:
             means = rng.normal(size=(replicates, j)) * np.sqrt(rho + (1 - rho) / size)
             within = (1 - rho) * rng.chisquare(j * (size - 1), replicates)
             p = _seven_tests(means, within, size, np.broadcast_to(treated, means.shape), block, means @ others.T, every)
-            rows[j, rho] = {name: (values <= level + 1e-12).mean() for name, values in p.items()}
+            rows[j, rho] = {name: (values <= alpha + 1e-12).mean() for name, values in p.items()}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis(["clusters", "icc"])
 
 # %% ../nbs/16_trial.ipynb #fe8cc449
@@ -915,13 +920,13 @@ class Power:
     std_error: float
     df: float
     icc: float
-    level: float
+    alpha: float
 
     def __str__(self) -> str:
         parts = {"clusters": f"{self.clusters:,} clusters", "size": f"{self.size:,.4g} units each", "effect": f"effect {self.effect:.4g}",
                  "power": f"power {self.power:.3f}"}
         return (", ".join(text + (" (solved)" if name == self.solved else "") for name, text in parts.items())
-                + f"; ICC {self.icc:g}, standard error {self.std_error:.4g}, {self.df:g} df, two-sided test at {100 * self.level:g}%")
+                + f"; ICC {self.icc:g}, standard error {self.std_error:.4g}, {self.df:g} df, two-sided test at {100 * self.alpha:g}%")
     __repr__ = __str__
 
 
@@ -931,11 +936,11 @@ def _plan_error(clusters, size, icc: float, sd: float, cv: float, r2_cluster: fl
     return sd * np.sqrt(variance * (1 / treated + 1 / (clusters - treated)))
 
 
-def _t_power(effect, std_error, df, level: float) -> np.ndarray:
+def _t_power(effect, std_error, df, alpha: float) -> np.ndarray:
     "Power of a two-sided t test."
     from scipy.special import nctdtr, stdtrit
     far = np.minimum(np.abs(effect) / std_error, 1e3)
-    t = stdtrit(df, 1 - level / 2)
+    t = stdtrit(df, 1 - alpha / 2)
     return 1 - np.nan_to_num(nctdtr(df, far, t)) + np.nan_to_num(nctdtr(df, far, -t))         # it is NaN where a tail underflows
 
 
@@ -953,13 +958,13 @@ def _least_clusters(good: Callable, least: int) -> int | None:
 
 def trial_power(*, icc: float, clusters: int | None = None, size: float | None = None, effect: float | None = None, power: float | None = None,
                 sd: float = 1.0, cv: float = 0.0, r2_cluster: float = 0.0, r2_unit: float = 0.0, cluster_covs: int = 0, treated_share: float = 0.5,
-                level: float = 0.05) -> Power:
+                alpha: float = 0.05) -> Power:
     """Power of a cluster-randomised trial, or the clusters, size or effect that a power takes. Leave one of the four out; it is solved for.
 
     clusters : J in both arms. size : mean units in a cluster. effect : in units of the outcome, whose standard deviation is `sd`. power : 0 to 1.
     icc : 0 to 1. cv : coefficient of variation of sizes. r2_cluster, r2_unit : shares of the variance between and within clusters that covariates
     explain, cluster_covs : covariates at the clusters' level, one degree of freedom each (blocks: their number less one). treated_share : of
-    clusters. level : of the two-sided t test with J − 2 − cluster_covs degrees of freedom. Not counted is the chance correlation of
+    clusters. alpha : significance level of the two-sided t test with J − 2 − cluster_covs degrees of freedom. Not counted is the chance correlation of
     covariates and treatment, which costs about a factor 1 + cluster_covs/(J − 3 − cluster_covs) of variance. Raises `EstimationError` if no size
     reaches the power with these clusters. Source: Eldridge, Ashby & Kerry (2006); Bloom, Richburg-Hayes & Black (2007)."""
     known = {"clusters": clusters, "size": size, "effect": effect, "power": power}
@@ -967,11 +972,11 @@ def trial_power(*, icc: float, clusters: int | None = None, size: float | None =
     if len(open_ones) != 1:
         raise InputError("Leave out one of clusters, size, effect and power: it is what is computed. "
                          f"Left out: {listed(open_ones) if open_ones else 'none'}.")
-    check_level(level)
+    _check_alpha(alpha)
     ranges = {"icc": (icc, 0, 1), "r2_cluster": (r2_cluster, 0, 1), "r2_unit": (r2_unit, 0, 1), "cv": (cv, 0, 1e6), "sd": (sd, 1e-300, 1e300),
               "treated_share": (treated_share, 1e-6, 1 - 1e-6), "size": (size, 1, 1e12), "effect": (effect, -1e300, 1e300),
               "cluster_covs": (cluster_covs, 0, 1e6),
-              "power": (power, level + 1e-9, 1 - 1e-9), "clusters": (clusters, cluster_covs + 3, 1e7)}
+              "power": (power, alpha + 1e-9, 1 - 1e-9), "clusters": (clusters, cluster_covs + 3, 1e7)}
     for name, (value, low, high) in ranges.items():
         if value is not None and not (isinstance(value, (Real, np.integer)) and low <= value <= high):
             raise InputError(f"{name}={value!r} must be a number from {low:g} to {high:g}."
@@ -981,7 +986,7 @@ def trial_power(*, icc: float, clusters: int | None = None, size: float | None =
     if effect == 0 and power is not None:
         raise InputError("effect=0 has no power beyond the level: give the effect that matters.")
     def error(j, n): return _plan_error(j, n, icc, sd, cv, r2_cluster, r2_unit, treated_share)
-    def reaches(j, n, tau): return _t_power(tau, error(j, n), j - 2 - cluster_covs, level)
+    def reaches(j, n, tau): return _t_power(tau, error(j, n), j - 2 - cluster_covs, alpha)
     solved = open_ones[0]
     if solved == "clusters":
         clusters = _least_clusters(lambda j: reaches(j, size, effect) >= power, cluster_covs + 3)
@@ -1004,7 +1009,7 @@ def trial_power(*, icc: float, clusters: int | None = None, size: float | None =
         unit = float(error(clusters, size))
         effect = _crossing(lambda tau: float(reaches(clusters, size, tau)) - power, 0.0, unit)
     power = float(reaches(clusters, size, effect)) if solved != "effect" else power
-    return Power(int(clusters), size, float(effect), float(power), solved, float(error(clusters, size)), clusters - 2.0 - cluster_covs, icc, level)
+    return Power(int(clusters), size, float(effect), float(power), solved, float(error(clusters, size)), clusters - 2.0 - cluster_covs, icc, alpha)
 
 # %% ../nbs/16_trial.ipynb #0a1b382b
 def simulate_trial(rng: np.random.Generator, clusters: int, size: int | np.ndarray, *, effect: float = 0.0, icc: float = 0.1, sd: float = 1.0,
@@ -1020,18 +1025,18 @@ def simulate_trial(rng: np.random.Generator, clusters: int, size: int | np.ndarr
 
 @dataclass(frozen=True)
 class SimulatedPower:
-    "The share of simulated trials with p ≤ level, and its Monte Carlo error. p_values : one for each trial."
+    "The share of simulated trials with p ≤ alpha, and its Monte Carlo error. p_values : one for each trial."
     p_values: np.ndarray = field(repr=False)
-    level: float
+    alpha: float
 
     @property
-    def power(self) -> float: return float((self.p_values <= self.level + 1e-12).mean())
+    def power(self) -> float: return float((self.p_values <= self.alpha + 1e-12).mean())
 
     @property
     def std_error(self) -> float: return float(np.sqrt(max(self.power * (1 - self.power), 1 / len(self.p_values)) / len(self.p_values)))
 
     def __str__(self) -> str:
-        return f"power {self.power:.3f} (Monte Carlo error {self.std_error:.3f}, {len(self.p_values):,} trials, level {self.level:g})"
+        return f"power {self.power:.3f} (Monte Carlo error {self.std_error:.3f}, {len(self.p_values):,} trials, alpha {self.alpha:g})"
 
 
 def _one_p(number: int, rng: np.random.Generator, draw: Callable, test: Callable) -> float:
@@ -1042,14 +1047,14 @@ def _one_p(number: int, rng: np.random.Generator, draw: Callable, test: Callable
     return p
 
 
-def simulate_power(draw: Callable, test: Callable, *, replicates: int = 1000, level: float = 0.05, seed: int | np.random.Generator = 0,
+def simulate_power(draw: Callable, test: Callable, *, replicates: int = 1000, alpha: float = 0.05, seed: int | np.random.Generator = 0,
                    workers: int | None = None, progress: bool = True) -> SimulatedPower:
     """Power of any test by simulation.
 
     draw : function of a numpy Generator that returns a trial (or any data). test : function of it that returns a p-value or an object with a
     `p_value`, such as `trial_effect` or `randomisation_test`. workers : processes, as in `seeded_map`. progress : show a bar."""
-    check_level(level)
-    return SimulatedPower(np.array(seeded_map(partial(_one_p, draw=draw, test=test), replicates, seed, workers=workers, progress=progress)), level)
+    _check_alpha(alpha)
+    return SimulatedPower(np.array(seeded_map(partial(_one_p, draw=draw, test=test), replicates, seed, workers=workers, progress=progress)), alpha)
 
 # %% ../nbs/16_trial.ipynb #46d34f3d
 @dataclass(frozen=True)
@@ -1062,22 +1067,22 @@ class SimulatedPlan:
     def __str__(self) -> str: return f"{self.value:g}: {self.power}; {counted(len(self.tried), 'candidate')} tried"
 
 
-def simulate_plan(draw: Callable, test: Callable, candidates: Sequence[float], *, power: float = 0.8, replicates: int = 1000, level: float = 0.05,
+def simulate_plan(draw: Callable, test: Callable, candidates: Sequence[float], *, power: float = 0.8, replicates: int = 1000, alpha: float = 0.05,
                   seed: int | np.random.Generator = 0, workers: int | None = None, progress: bool = True) -> SimulatedPlan:
     """The least of several numbers of clusters, sizes or effects at which a simulated test has enough power.
 
-    draw : function of a numpy Generator and a candidate that returns a trial. test, replicates, level, workers, progress : as in `simulate_power`.
+    draw : function of a numpy Generator and a candidate that returns a trial. test, replicates, alpha, workers, progress : as in `simulate_power`.
     candidates : rising numbers; power is taken to rise with them, and about log2 of them are tried, with the same random numbers. Raises
     `EstimationError` if the last has too little power, whose estimate it names."""
     values = list(candidates)
     if not values or any(b <= a for a, b in zip(values, values[1:])):
         raise InputError(f"candidates must be rising numbers, one at least; they are {listed(values) if values else 'none'}.")
-    if not level < power < 1:
-        raise InputError(f"power={power!r} must lie between the level, {level:g}, and 1.")
+    if not alpha < power < 1:
+        raise InputError(f"power={power!r} must lie between alpha, {alpha:g}, and 1.")
     seed, found = int(random_numbers(seed).integers(2**63)), {}
     def at(k):
         if k not in found:
-            found[k] = simulate_power(partial(_draw_at, draw=draw, value=values[k]), test, replicates=replicates, level=level, seed=seed,
+            found[k] = simulate_power(partial(_draw_at, draw=draw, value=values[k]), test, replicates=replicates, alpha=alpha, seed=seed,
                                       workers=workers, progress=progress)
         return found[k]
     low, high = -1, len(values) - 1

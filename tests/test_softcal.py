@@ -342,8 +342,10 @@ def test_weights_that_add_up_already_leave_maximum_entropy_nothing_to_do():
     sample = population[::4].assign(y=rng.normal(size=50), weight=4.0)
     study = cw.Study.survey(sample, outcome="y", cluster="school", covs=["age"], sampling_weights="weight", totals=population)
     with pytest.raises(InfeasibleError, match="loss='entropy'"):
-        cw.softcal_weights(study, lam=1.0)
-    cw.softcal_weights(study, lam=1.0, loss="entropy")
+        cw.softcal_weights(study, lam=1.0, loss="maximum entropy")
+    by_default = cw.softcal_weights(study, lam=1.0)                  # sampling weights meet totals: they may have to shrink
+    assert_allclose(by_default.weights, cw.softcal_weights(study, lam=1.0, loss="entropy").weights, rtol=1e-12)
+    assert by_default.estimate().std_error > 0
 
 
 @pytest.mark.parametrize("loss", ["squared", "entropy", "empirical likelihood", "maximum entropy"])

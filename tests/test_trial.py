@@ -473,12 +473,12 @@ def test_without_networkx(monkeypatch):
 
 
 def test_power_solves_for_each():
-    common = dict(icc=0.05, sd=2.0, cv=0.3, r2_cluster=0.2, r2_unit=0.1, cluster_covs=1, level=0.01)
+    common = dict(icc=0.05, sd=2.0, cv=0.3, r2_cluster=0.2, r2_unit=0.1, cluster_covs=1, alpha=0.01)
     power = cw.trial_power(clusters=30, size=40, effect=0.9, **common).power
     assert cw.trial_power(clusters=30, size=40, power=power, **common).effect == pytest.approx(0.9, abs=1e-8)
     assert cw.trial_power(clusters=30, effect=0.9, power=power - 1e-9, **common).size == 40
     assert cw.trial_power(size=40, effect=0.9, power=power - 1e-9, **common).clusters == 30
-    for change in (dict(icc=0.06), dict(sd=2.1), dict(cv=0.4), dict(r2_cluster=0.1), dict(r2_unit=0.0), dict(cluster_covs=2), dict(level=0.005), dict(treated_share=0.3)):
+    for change in (dict(icc=0.06), dict(sd=2.1), dict(cv=0.4), dict(r2_cluster=0.1), dict(r2_unit=0.0), dict(cluster_covs=2), dict(alpha=0.005), dict(treated_share=0.3)):
         assert cw.trial_power(clusters=30, size=40, effect=0.9, **common | change).power < power
 
 
@@ -496,7 +496,7 @@ def test_power_formula_is_exact_for_equal_sizes(clusters, size, icc):
 def test_power_refuses():
     with pytest.raises(cw.EstimationError, match="It takes at least"):
         cw.trial_power(clusters=10, effect=0.2, power=0.8, icc=0.2)
-    for bad in (dict(clusters=2), dict(icc=1.2), dict(size=0), dict(effect=0.3, clusters=4, size=3, power=0.5), dict(level=0), dict(effect=0, power=0.8, clusters=None, size=5)):
+    for bad in (dict(clusters=2), dict(icc=1.2), dict(size=0), dict(effect=0.3, clusters=4, size=3, power=0.5), dict(alpha=0), dict(alpha=0.95), dict(effect=0, power=0.8, clusters=None, size=5)):
         with pytest.raises(cw.InputError):
             cw.trial_power(**dict(clusters=10, size=20, effect=0.3, icc=0.1) | bad)
 
@@ -662,7 +662,7 @@ def test_closed_forms_of_tests_with_arms_of_two_sizes():
         one = Trial(equal.y, np.repeat(z, 5), equal.starts)
         for name, p in (("CR2, Satterthwaite", trial_effect(one).p_value), ("mixed model, ML", model_effect(one, "ml").p_value), ("permutation", randomisation_test(one).p_value)):
             rates.setdefault(name, []).append(p <= 0.2)
-    found = rejection_rates(equal, level=0.2)
+    found = rejection_rates(equal, alpha=0.2)
     for name, rejected in rates.items():
         assert found[name] == pytest.approx(np.mean(rejected), abs=1e-12)
 
@@ -687,7 +687,7 @@ def test_closed_forms_in_blocks(block):
                             ("mixed model, REML, t", model_effect(one, df="clusters")), ("permutation", randomisation_test(one))):
             p.setdefault(name, []).append(found.p_value)
     for level in (0.1, 0.3, 0.5):
-        rates = rejection_rates(one, level=level)
+        rates = rejection_rates(one, alpha=level)
         assert set(rates.index) == set(p)
         for name, values in p.items():
             assert rates[name] == np.mean(np.array(values) <= level + 1e-9), name
@@ -890,7 +890,7 @@ def test_robust_test_of_the_guide_by_hand():
         p.append(2 * stats.t.sf(abs(one.estimate) / one.std_error / np.sqrt(11 / 10), 10))
     for level in np.unique(p):
         for near in (level - 1e-7, level + 1e-7):
-            assert rejection_rates(trial, level=near)["robust, df of units"] == np.mean(np.array(p) <= near)
+            assert rejection_rates(trial, alpha=near)["robust, df of units"] == np.mean(np.array(p) <= near)
 
 
 def test_degenerate_outcomes():
