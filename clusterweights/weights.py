@@ -1030,11 +1030,13 @@ class LamPath:
     table : one row for each, with lam (of two weighted arms the geometric mean), ess (of the weighted arms, the smaller), imbalance, and the estimate
     (if there is an outcome). choices : the same for "this recipe", and where the rules choose, for the "knee" of the path,
     "95% of attainable balance" along the path, and "held-out balance" (`lam="balance"`). label : of the method.
-    measure : what imbalance is. notes : why a choice is missing."""
+    measure : what imbalance is. posed : whether that is what the weights minimise, which is not on the scale of `balance()`. notes : why a choice
+    is missing."""
     table: pd.DataFrame
     choices: pd.DataFrame
     label: str
     measure: str
+    posed: bool = False
     notes: Sequence[str] = ()
 
     def summary(self) -> Table:
@@ -1043,7 +1045,7 @@ class LamPath:
         rows = pd.concat([marked, self.table[~self.table["lam"].isin(marked["lam"])].assign(choice="")])
         rows = rows.groupby("lam").agg({name: "first" for name in self.table if name != "lam"} | {"choice": ", ".join})
         rows.index = pd.Index([f"{lam:.4g}" for lam in rows.index], name="lam")
-        return Table(rows, title=f"{self.label} along lam", notes=[f"imbalance: {self.measure}.", *self.notes],
+        return Table(rows, title=f"{self.label} along lam", notes=[f"imbalance: {self.measure}" + (", in units of its own." if self.posed else "."), *self.notes],
                      formats={"ess": ",.0f", "imbalance": ".3g", "estimate": "z.4f"})
 
     def __str__(self) -> str: return str(self.summary())
@@ -1152,10 +1154,8 @@ def path(self: Weights, lams: Sequence[float] | None = None) -> LamPath:
     choices = {"this recipe": row(self, _middle(own))} | ({} if knee is None else {"knee": table.iloc[knee]}) | {
         "95% of attainable balance": table.iloc[len(table) - 1 - _enough(falling)]} | {
             "held-out balance": row(w, _middle(w.params["lam"])) for w in held_out}
-    return LamPath(table, pd.DataFrame.from_dict(choices, orient="index", columns=table.columns), self.label, measure, tuple(notes))
-
-
-
+    notes = [*notes, *(["No knee: the curve has no point below its chord."] if knee is None else [])]
+    return LamPath(table, pd.DataFrame.from_dict(choices, orient="index", columns=table.columns), self.label, measure, bool(posed), tuple(notes))
 
 # %% ../nbs/08_weights.ipynb #1005e2dc
 _LOST = "target lost: nobody to compare with"
