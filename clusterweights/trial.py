@@ -433,6 +433,11 @@ def _seen(variance: float, y: np.ndarray) -> bool:
     return bool(variance > (1e-13 * np.abs(y).max()) ** 2)
 
 
+def _check_trial(trial) -> None:
+    if not isinstance(trial, Trial):
+        raise InputError(f"This is for a Trial, not {type(trial).__name__}. From a study: Trial.from_study(study).")
+
+
 def trial_effect(trial: Trial, estimator: str = "difference", *, vcov: str = "auto", slope: float = 0.0) -> Estimate:
     """The average effect on the units of a cluster-randomised trial, as an `Estimate`.
 
@@ -442,6 +447,7 @@ def trial_effect(trial: Trial, estimator: str = "difference", *, vcov: str = "au
     where all blocks are pairs, "CR2" for the difference without blocks, else "neyman". Raises `InputError` for combinations that make no sense,
     `EstimationError` if clusters are too few to see their spread. Source: Imai, King & Nall (2009), section 4, for pairs; Middleton & Aronow
     (2015) for totals; Hansen & Bowers (2008) for the variance under no effect."""
+    _check_trial(trial)
     _check_estimator(estimator, slope)
     blocks, j = len(trial.block_labels), len(trial.sizes)
     plain = estimator == "difference" and blocks == 1
@@ -572,6 +578,7 @@ def randomisation_test(trial: Trial, statistic: str | Callable = "difference", *
     effect: z is (R, J) bool, an assignment a row, y (n,) the outcomes without the effect, sorted by cluster, starts (J + 1,). draws : random
     assignments within the trial's blocks; if there are no more than that, each is used once and the p-value is exact. Raises `InputError` for
     arguments that make no sense. Source: Fisher (1935); Rosenbaum (2002), chapter 2, for the interval."""
+    _check_trial(trial)
     named = ("difference", "hajek", "horvitz_thompson")
     if not callable(statistic) and statistic not in named:
         raise InputError(f"Unknown statistic {statistic!r}." + nearest(statistic, named))
@@ -609,6 +616,7 @@ def randomisation_interval(trial: Trial, statistic: str | Callable = "difference
     from the effect at which the statistic changes its sign within 100 standard errors of the difference in means, or else from that difference; an
     end is infinite where no effect is rejected on that side. Raises `EstimationError` if the test rejects where the search would begin. Source:
     Rosenbaum (2002), chapter 2."""
+    _check_trial(trial)
     from scipy.optimize import brentq
     test = randomisation_test(trial, draws=draws, seed=(seed := int(random_numbers(seed).integers(2**63))))
     if statistic == "difference":
@@ -638,6 +646,7 @@ def pair_effect(trial: Trial, *, target: str = "SATE", weights: str = "arithmeti
     population : (J,) how many units belong to each cluster, for CATE and PATE. Variance for SATE and CATE: on average not too small; for UATE
     and PATE: right for many pairs. Raises `InputError` for trials without pairs and for arguments that make no sense. Source: Imai, King & Nall
     (2009); for UATE and PATE the linearised variance of a ratio."""
+    _check_trial(trial)
     blocks, size = len(trial.block_labels), trial.sizes.astype(float)
     if not (trial.paired and blocks > 1):
         odd = np.bincount(trial.block) != 2
@@ -788,6 +797,7 @@ def model_effect(trial: Trial, method: str = "reml", *, adjust: bool = False, df
 
     method : "reml" or "ml". adjust : add the trial's covariates. df : "normal" (the fitted variances taken for the true ones) or "clusters", J − 2
     − (blocks − 1) − covariates constant within clusters. Raises `EstimationError` if that leaves no degree of freedom."""
+    _check_trial(trial)
     if df not in ("normal", "clusters"):
         raise InputError(f"Unknown df {df!r}." + nearest(df, ["normal", "clusters"]))
     x, names, constant = _controls(trial, adjust)
@@ -857,6 +867,7 @@ def rejection_rates(trial: Trial, *, alpha: float = 0.05, draws: int = 20_000, s
 
     Clusters of one size; blocks, if any, of one size with as many treated in each. draws : random assignments; if there are no more than that,
     each is used once and the rates are exact. Index: the tests. Raises `InputError` for other trials."""
+    _check_trial(trial)
     _check_alpha(alpha, below=1)
     n, in_block = trial.sizes[0], np.bincount(trial.block)
     if np.ptp(trial.sizes) or np.ptp(in_block) or np.ptp(trial.drawn):
@@ -1175,6 +1186,7 @@ def balance_test(trial: Trial, *, draws: int = 9999, seed: int | np.random.Gener
 
     The trial's `x` is tested, with the size of clusters if it varies. draws : random assignments within blocks; if there are no more than that,
     each is used once and the permutation p-value is exact. Raises `InputError` without covariates. Source: Hansen & Bowers (2008)."""
+    _check_trial(trial)
     if trial.x is None or not trial.x.shape[1]:
         raise InputError("This trial has no covariates. Give x and names.")
     from scipy.special import chdtrc

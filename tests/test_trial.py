@@ -13,8 +13,8 @@ from scipy import stats
 
 import clusterweights as cw
 from clusterweights.robust import cluster_robust
-from clusterweights.trial import (TARGETS, Trial, design_effect, effective_n, false_positive_rates, intracluster_correlation, model_effect, pair_effect,
-                                  plot_power, power_grid, profile_interval, randomisation_interval, randomisation_test, rejection_rates,
+from clusterweights.trial import (TARGETS, Trial, balance_test, design_effect, effective_n, false_positive_rates, intracluster_correlation,
+                                  model_effect, pair_effect, plot_power, power_grid, profile_interval, randomisation_interval, randomisation_test, rejection_rates,
                                   sampling_distribution, simulate_plan, simulate_power, simulate_trial, trial_effect, two_stage_effects)
 
 EGAP = Path(__file__).parent / "reference" / "egap"
@@ -910,3 +910,11 @@ def test_degenerate_outcomes():
         intracluster_correlation(np.repeat(np.arange(8.0), trial.sizes), trial.starts)
     with pytest.raises(ValueError, match="read-only"):
         trial.y[0] = 1.0
+
+
+@pytest.mark.parametrize("function", [trial_effect, randomisation_test, randomisation_interval, pair_effect, model_effect, profile_interval,
+                                      rejection_rates, balance_test])
+def test_a_study_is_no_trial_yet(function):
+    frame = pd.DataFrame({"y": [1.0, 2, 4, 3], "z": [1, 1, 0, 0], "village": [1, 2, 3, 4], "age": [1.0, 3, 2, 4]})
+    with pytest.raises(cw.InputError, match="Trial.from_study"):
+        function(cw.Study(frame, treat="z", outcome="y", cluster="village", covs="age"))
