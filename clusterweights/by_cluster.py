@@ -5,7 +5,7 @@
 # %% ../nbs/17_by_cluster.ipynb #607f92bb
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
 from numbers import Real
 

@@ -254,8 +254,7 @@ def _analyses(weights: Mapping[str, Weights], by_cluster: bool, sensitivity: boo
 def _where_possible(what: str, analyse: Callable, weights: Mapping[str, Weights]) -> tuple[dict, list[str]]:
     "What an analysis finds for each method, and a line for each that it refuses."
     found, refused = {}, []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ClusterWeightsWarning)           # said when the weights were made, or part of the result
+    with said_before():
         for name, w in weights.items():
             if _first(name, weights):
                 try:

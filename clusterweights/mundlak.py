@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from .core import (ClusterWeightsWarning, EstimationError, InfeasibleError, InputError, OverlapWarning, Table, caller_depth, counted,
+from .core import (EstimationError, InfeasibleError, InputError, OverlapWarning, Table, caller_depth, counted,
                                  interval_plot, listed, nearest)
 from .framework import decompose
 from .ipw import fit_levels
 from .qp import BlockSums, Problem, Solution, block_bounds, centred, exact_means, exact_totals, solve_within
 from .study import Study, cluster_sums
-from .weights import (FRAMEWORK_PAPER, WEIGHTED_ARMS, Arm, Weights, balance_lam, group_mask, method, resolve_lam, target_weights,
+from .weights import (FRAMEWORK_PAPER, WEIGHTED_ARMS, Arm, Weights, balance_lam, group_mask, method, resolve_lam, said_before, target_weights,
                                     weigh)
 
 # %% auto #0
@@ -370,8 +370,7 @@ def plot_statistics(study: Study, recipes: Mapping[str, object] | None = None, *
 
 def _effect_with(study: Study, **options) -> tuple[float, float, float]:
     "Estimate and interval, NaN where balance is impossible. Warnings of what is extrapolated or left out are the same for all statistics."
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ClusterWeightsWarning)
+    with said_before():
         try:
             effect = mundlak_weights(study, **options).estimate()
         except InfeasibleError:

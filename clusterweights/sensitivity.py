@@ -5,7 +5,6 @@
 # %% ../nbs/18_sensitivity.ipynb #4f5f9133
 from __future__ import annotations
 
-import warnings
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +14,7 @@ from types import MappingProxyType
 import numpy as np
 import pandas as pd
 
-from .core import ClusterWeightsWarning, EstimationError, InputError, Table, decimals, nearest
+from .core import InputError, Table, decimals, nearest
 from .inference import fit_linear
 from .resampling import Bootstrap, bootstrap
 from .study import Study
@@ -312,8 +311,7 @@ class Sensitivity:
 
 def _refit_without(weights: Weights, term) -> Weights:
     "The weights fitted without a covariate; an `InputError` if its name is in their options."
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ClusterWeightsWarning)                   # poorer weights are what leaving out makes
+    with said_before():                                  # poorer overlap is what leaving out makes
         try:
             return weights.refit(_without(weights.study, term))
         except InputError as error:

@@ -156,7 +156,7 @@ def _plain(error: Exception) -> str:
     return re.sub(r"\x1b\[[0-9;]*m|[\u29da\u29db]", "", str(error)).strip().splitlines()[0]
 
 # %% ../nbs/01_study.ipynb #a815fde7
-def _learn(frame: pd.DataFrame, covs: Sequence, missing: str, right_side: str | None = None) -> _Encoder:
+def _learn(frame: pd.DataFrame, covs: Sequence, right_side: str | None = None) -> _Encoder:
     "The encoder for the covariates of `frame`; `right_side` is that of a formula."
     levels, fills = {}, {}
     for cov in covs:
@@ -347,7 +347,7 @@ class Study:
         self._index = data.index if isinstance(data, pd.DataFrame) else None
         self.outcomes = MappingProxyType({name: _numbers(frame[name], name, "outcome")[self._rows] for name in outcomes})
         self._weigh(frame, sampling_weights)
-        self._encoder = _learn(frame[stays].reset_index(drop=True), covs, missing, right_side)
+        self._encoder = _learn(frame[stays].reset_index(drop=True), covs, right_side)
         self._encode(frame[stays].reset_index(drop=True))
         self.level = "survey" if survey else _level(self.treat, self.starts)
         self._seal()

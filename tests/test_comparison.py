@@ -445,3 +445,12 @@ def test_no_same_clusters_where_the_part_in_common_is_no_such_study(lacking):
     every = cw.unadjusted_weights(study)
     fewer = replace(every, reason=np.where(kept, "", "left out").astype(object))
     assert comparing._again_where(study, {"all": every, "fewer": fewer}) == (None, [])
+
+
+def test_failures_within_an_analysis_are_heard(monkeypatch):
+    def analyse(weights, **options):
+        warnings.warn(cw.ClusterWeightsWarning("3 of 199 replicates failed"))
+        return cw.sensitivity_analysis(weights, replicates=0)
+    monkeypatch.setattr(comparing, "sensitivity_analysis", analyse)
+    with pytest.warns(cw.ClusterWeightsWarning, match="3 of 199 replicates failed"):
+        cw.compare(study(), ["hierarchical"], sensitivity=True)

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import statsmodels.api as sm
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 import clusterweights as cw
@@ -54,7 +54,7 @@ def test_products_with_cluster_indicators_are_the_hierarchical_problem_of_sums(s
     try:
         one = solve_hierarchical(x, starts, means, totals, lam, scaling="sums").weights
     except cw.InfeasibleError:
-        return
+        reject()                                           # too many of these fail the test
     np.testing.assert_allclose(solve_mundlak(x, products, starts, share @ means, share @ goal, totals, lam, scaling="sums").weights, one, atol=1e-8)
 
 
